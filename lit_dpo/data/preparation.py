@@ -1,0 +1,166 @@
+"""Rows ──► tokenized pairs on disk: read, tokenized and truncated once, with an account of what was left out."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Sequence as ListOf, Value
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.base_model import cache_dir
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.pairs import RowError, read_pair
+from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
+
+FORMAT_VERSION = 1  # raise it when the meaning of the cached columns changes
+FEATURES = Features(
+    {
+        "prompt": ListOf(Value("int32")),
+        "chosen": ListOf(Value("int32")),
+        "rejected": ListOf(Value("int32")),
+        "question": Value("string"),  # the last user turn, as written
+        "row": Value("int64"),
+        "reason": Value("string"),  # why the pair is left out, or ""
+    }
+)
+
+
+class PairDataset(torch.utils.data.Dataset[PairBatch]):
+    """Tokenized pairs; a list of indices gives a batch.
+
+    Args:
+        columns: The cached data set, with the columns of ``FEATURES``.
+        indices: Which of its rows, in which order.
+        source: Where the pairs came from, for messages.
+    """
+
+    def __init__(self, columns: Dataset, indices: Sequence[int], source: str) -> None:
+        self.columns, self.indices, self.source = columns, indices, source
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: list[int]) -> PairBatch:
+        return PairBatch.from_pairs([self.pair(index) for index in indices])
+
+    def pair(self, index: int) -> TokenizedPair:
+        """One tokenized pair."""
+        row = self.columns[self.indices[index]]
+        return TokenizedPair(row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
+
+    def question(self, index: int) -> str:
+        """The last user turn of one pair's prompt, as it was written."""
+        return str(self.columns[self.indices[index]]["question"])
+
+    def carve(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
+        """Splits off ``size`` pairs (a share if below 1), never parting the pairs of one prompt.
+
+        Returns:
+            What is left, and what was split off.
+
+        Raises:
+            ValueError: If either part would be empty.
+        """
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for index in self.indices:
+            prompt = self.columns[index]["prompt"]
+            groups[hashlib.sha256(json.dumps(prompt).encode()).digest()].append(index)
+        wanted = round(size * len(self)) if size < 1 else int(size)
+        held_out: set[int] = set()
+        members = list(groups.values())
+        for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
+            if len(held_out) >= wanted:
+                break
+            held_out.update(members[group])
+        if not 0 < len(held_out) < len(self):
+            raise ValueError(
+                f"data.val_size={size} would hold out {len(held_out)} of the {len(self)} pairs of {self.source}."
+            )
+        kept = [index for index in self.indices if index not in held_out]
+        return (
+            PairDataset(self.columns, kept, self.source),
+            PairDataset(self.columns, sorted(held_out), self.source),
+        )
+
+
+def prepare_pairs(
+    rows: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_proc: int | None = None
+) -> tuple[PairDataset, list[str]]:
+    """Tokenizes all rows, or takes them from the cache, and leaves out what cannot be trained on.
+
+    The cache's key is made of the rows' own fingerprint, the tokenizer with its chat template, the truncation, and the
+    version of the format: what the ids depend on, and nothing else.
+
+    Args:
+        rows: The rows.
+        source: Where they came from, for messages.
+        tokenizer: Tokenizer with a chat template.
+        truncation: How long a pair may be.
+        num_proc: Processes that tokenize; None for this one.
+
+    Returns:
+        The pairs, and one line for each reason that left some out.
+
+    Raises:
+        ValueError: If a row is in no known format, naming the row, or if no pair is left.
+    """
+    key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(tokenizer), asdict(truncation)])
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder = cache_dir() / "pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = rows.map(
+        _prepare_row,
+        with_indices=True,
+        fn_kwargs={"source": source, "tokenizer": tokenizer, "truncation": truncation},
+        remove_columns=rows.column_names,
+        features=FEATURES,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=True,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        desc=f"Tokenizing {source}",
+    )
+    left_out: dict[str, list[int]] = defaultdict(list)
+    for row, reason in enumerate(columns["reason"]):
+        left_out[reason].append(row)
+    kept = left_out.pop("", [])
+    report = [
+        f"{source}: left out {len(found)} of {len(rows)} pairs: {reason} (first: row {found[0]})"
+        for reason, found in sorted(left_out.items())
+    ]
+    if not kept:
+        raise ValueError("\n".join([f"{source}: no pair is left to work with.", *report]))
+    return PairDataset(columns, kept, source), report
+
+
+def _prepare_row(
+    row: dict[str, Any], index: int, source: str, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+) -> dict[str, Any]:
+    """One row of the cached data set."""
+    try:
+        pair = read_pair(row)
+        result = pair if isinstance(pair, str) else truncation(tokenize(pair, tokenizer))
+    except RowError as error:
+        raise ValueError(f"{source}, row {index}: {error}.") from error
+    if isinstance(pair, str) or isinstance(result, str):
+        return {"prompt": [], "chosen": [], "rejected": [], "question": "", "row": index, "reason": str(result)}
+    return {
+        "prompt": result.prompt,
+        "chosen": result.chosen,
+        "rejected": result.rejected,
+        "question": str(pair.prompt[-1]["content"]),
+        "row": index,
+        "reason": "",
+    }
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer's output depends on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [type(tokenizer).__name__, model, str(tokenizer.chat_template), str(tokenizer.eos_token)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

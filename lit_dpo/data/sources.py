@@ -1,0 +1,94 @@
+"""A hub id, a file, a folder, an in-memory data set ──► rows, as a ``datasets.Dataset``."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from lit_dpo.base_model import locate
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TRAIN_SPLITS = ("train_prefs", "train")
+EVAL_SPLITS = ("test_prefs", "validation", "test")
+
+
+class SplitNotFoundError(ValueError):
+    """The source is there, but it has no such split."""
+
+
+def load_rows(source: str | Dataset, split: str | None, defaults: tuple[str, ...]) -> tuple[Dataset, str]:
+    """Loads the rows of one split, and names it for messages.
+
+    Args:
+        source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of such files (each file's name, up to a first
+            ``-``, is its split) or of ``Dataset.save_to_disk``, ``package:NAME/FOLDER``, or a data set in memory.
+        split: Name of the split; None takes the first of ``defaults`` that is there. A single file has one split,
+            ``train``.
+        defaults: Names to look for when ``split`` is None.
+
+    Raises:
+        FileNotFoundError: If the path does not exist or holds no readable file.
+        SplitNotFoundError: If there is no such split.
+        ValueError: If a file cannot be read.
+        ConnectionError: If the hub cannot be reached.
+    """
+    if isinstance(source, Dataset):
+        available: Any = {"train": source}
+    else:
+        available = _open(source)
+    for name in (split,) if split is not None else defaults:
+        if name in available:
+            rows = available[name]
+            place = describe(source) if len(available) == 1 else f"{describe(source)} [{name}]"
+            return (_read(source, rows) if isinstance(rows, list) else rows), place
+    wanted = f"split {split!r}" if split is not None else f"any of the splits {', '.join(defaults)}"
+    raise SplitNotFoundError(f"{describe(source)} does not have {wanted}, only {', '.join(available)}.")
+
+
+def describe(source: str | Dataset) -> str:
+    """A short name of the source, for messages."""
+    return source if isinstance(source, str) else "the data set in memory"
+
+
+def _open(source: str) -> Any:
+    """The splits of a source: a DatasetDict, or for files a mapping of split names to their files."""
+    path = Path(locate(source)).expanduser()
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"{source}: files of the kind {path.suffix!r} are not read, only {', '.join(BUILDERS)}.")
+        return {"train": [path]}
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = load_from_disk(str(path))
+            return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        files: dict[str, list[Path]] = {}
+        for folder in (path, path / "data"):
+            for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+                if file.suffix in BUILDERS:
+                    files.setdefault(re.split(r"-\d", file.stem)[0], []).append(file)
+        if not files:
+            raise FileNotFoundError(f"{source} is a folder without any {', '.join(BUILDERS)} file.")
+        return files
+    if path.suffix in BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"data source {source}: there is no such file or folder.")
+    try:
+        return load_dataset(source)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"data source {source}: neither a local file or folder nor a data set of the hub.") from error
+    except (ConnectionError, OSError) as error:
+        raise ConnectionError(
+            f"data source {source}: the hub cannot be reached ({type(error).__name__}). Give a local file or folder, "
+            "or check the network."
+        ) from error
+
+
+def _read(source: str | Dataset, files: list[Path]) -> Dataset:
+    """Reads the files of one split into one data set."""
+    try:
+        return load_dataset(BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{describe(source)}: {names} cannot be read: {str(cause).splitlines()[0]:.200}") from error

@@ -1,0 +1,177 @@
+"""PreferenceDataModule, the ``LightningDataModule``: preference pairs from any source to batches on every rank."""
+
+from typing import Any
+
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.base_model import load_tokenizer
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.sampler import EvalSampler, PairSampler
+from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
+from lit_dpo.data.tokenization import Overlong, Truncation
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Preference pairs for training and for evaluation, tokenized once and cached.
+
+    Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, or a conversational
+    ``prompt``, ``chosen`` and ``rejected``. Empty, identical and over-long pairs are left out and reported.
+
+    Args:
+        source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of them, ``package:NAME/FOLDER``, or a
+            ``datasets.Dataset``.
+        split: Split to train on; by default ``train_prefs``, or else ``train``.
+        val_source: Source of the held-out pairs; by default that of the training pairs.
+        val_split: Split of the held-out pairs; by default ``test_prefs``, ``validation`` or ``test``.
+        val_size: Hold out this many pairs of the training split instead (a share if below 1), by ``seed``; the pairs of
+            one prompt stay together.
+        max_length: Most tokens of prompt and response together.
+        max_prompt_length: Most tokens of a prompt; a longer one keeps its end.
+        max_response_length: Most tokens of a response; a longer one keeps its beginning.
+        overlong: Whether a pair that is too long is cut (``truncate``) or left out (``drop``).
+        batch_size: Pairs in a training batch of one process.
+        eval_batch_size: Pairs in an evaluation batch; by default ``batch_size``.
+        num_workers: Processes that load batches ahead; 0 loads them in the training process.
+        num_proc: Processes that tokenize; by default the training process alone.
+        shuffle: Whether to train in a new random order each epoch.
+        seed: Seed of the training order and of ``val_size``.
+        tokenizer: Base model whose tokenizer and chat template are used; by default that of the model in training.
+
+    Raises:
+        ValueError: If arguments contradict one another.
+    """
+
+    def __init__(
+        self,
+        source: str | Dataset = "HuggingFaceH4/ultrafeedback_binarized",
+        split: str | None = None,
+        val_source: str | Dataset | None = None,
+        val_split: str | None = None,
+        val_size: float | None = None,
+        max_length: int | None = 1024,
+        max_prompt_length: int | None = None,
+        max_response_length: int | None = None,
+        overlong: Overlong = "truncate",
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        shuffle: bool = True,
+        seed: int = 42,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        if val_size is not None and (val_source is not None or val_split is not None):
+            raise ValueError("data.val_size carves pairs off the training split: it excludes val_source and val_split.")
+        if val_size is not None and val_size <= 0:
+            raise ValueError(f"data.val_size must be positive, not {val_size}.")
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError("data.batch_size and data.eval_batch_size must be at least 1.")
+        self.truncation = Truncation(max_length, max_prompt_length, max_response_length, overlong)
+        self.source, self.split = source, split
+        self.val_source, self.val_split, self.val_size = val_source, val_split, val_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.num_proc = num_workers, num_proc
+        self.shuffle, self.seed = shuffle, seed
+        self.tokenizer_name = tokenizer
+        self.train_pairs: PairDataset | None = None
+        self.val_pairs: PairDataset | None = None
+        self._resume_at = (-1, 0)
+        # Plain values only: a checkpoint with objects in it could not be loaded with weights_only=True.
+        in_memory = [name for name in ("source", "val_source") if isinstance(getattr(self, name), Dataset)]
+        self.save_hyperparameters(ignore=in_memory)
+
+    def prepare_data(self) -> None:
+        """Downloads and tokenizes, on one process of each node; the others find the cache filled."""
+        for line in self._load():
+            rank_zero_info(line)
+
+    def setup(self, stage: str) -> None:
+        """Takes the tokenized pairs from the cache."""
+        if self.val_pairs is None or (stage == "fit" and self.train_pairs is None):
+            self._load()
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        """Batches of ``batch_size`` pairs, in the order of (seed, epoch), from where a checkpoint left off."""
+        assert self.train_pairs is not None
+        sampler = PairSampler(
+            self.train_pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self._ranks()
+        )
+        sampler.resume_at = self._resume_at
+        return self._loader(self.train_pairs, sampler)
+
+    def val_dataloader(self) -> DataLoader[PairBatch]:
+        """Every held-out pair once."""
+        assert self.val_pairs is not None
+        sampler = EvalSampler(self.val_pairs, batch_size=self.eval_batch_size, **self._ranks())
+        return self._loader(self.val_pairs, sampler)
+
+    def test_dataloader(self) -> DataLoader[PairBatch]:
+        """The held-out pairs, as for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        """The held-out pairs, as for validation."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data: the epoch, and the batches of it that have been trained on."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        return {"epoch": loop.epoch_progress.current.processed, "batches": loop.epoch_loop.batch_progress.current.processed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a place in the training data."""
+        self._resume_at = (state_dict["epoch"], state_dict["batches"])
+
+    def _load(self) -> list[str]:
+        """Loads the pairs of this run and tells, a line a reason, what was left out."""
+        tokenizer = self._tokenizer()
+        trains = self.trainer is None or self.trainer.state.fn == "fit"
+        report: list[str] = []
+        if trains or self.val_size is not None:
+            rows, place = load_rows(self.source, self.split, TRAIN_SPLITS)
+            self.train_pairs, report = prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc)
+        if self.val_size is not None:
+            assert self.train_pairs is not None
+            self.train_pairs, self.val_pairs = self.train_pairs.carve(self.val_size, self.seed)
+            return report
+        # A source of its own may be a single file: then all of it is held out.
+        names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
+        try:
+            rows, place = load_rows(self.val_source or self.source, self.val_split, names)
+        except SplitNotFoundError as error:
+            raise ValueError(f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size.") from error
+        self.val_pairs, more = prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc)
+        return report + more
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None or not hasattr(module, "load_tokenizer"):
+            raise ValueError("Set data.tokenizer to the base model's name: there is no DPOModule to take it from.")
+        tokenizer: PreTrainedTokenizerBase = module.load_tokenizer()
+        return tokenizer
+
+    def _ranks(self) -> dict[str, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+
+    def _loader(self, pairs: PairDataset, sampler: PairSampler | EvalSampler) -> DataLoader[PairBatch]:
+        # The sampler yields whole batches, and the data set collates: batch_size=None switches off PyTorch's own.
+        return DataLoader(
+            pairs,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )

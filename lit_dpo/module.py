@@ -1,0 +1,272 @@
+"""DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, SchedulerType, get_scheduler
+
+from lit_dpo.base_model import load_tokenizer
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.metrics import PreferenceMetrics
+from lit_dpo.objectives import Objective, PairLogps, Sigmoid
+from lit_dpo.policy.loading import default_lora, default_quantization, load_policy
+from lit_dpo.policy.policy import Layout, Policy
+from lit_dpo.policy.reference import InitialPolicy
+
+Prediction: TypeAlias = dict[str, Any]
+# Trainer.precision ──► type of the base weights that are not quantized, and of 4-bit matrix products
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class DPOModule(LightningModule):
+    """Direct Preference Optimization of a quantized language model with LoRA adapters.
+
+    Args:
+        base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for a package that ships one.
+        objective: The preference loss.
+        quantization: transformers' ``BitsAndBytesConfig``; null for none. Its compute type follows
+            ``trainer.precision``.
+        lora: PEFT's ``LoraConfig`` of the adapters.
+        adapter: Folder or hub id of an adapter to go on from; a frozen copy of it is then the reference.
+        optimizer: Any torch optimizer.
+        lr_scheduler: Course of the learning rate after warm-up, by transformers' name: linear, cosine, constant, ...
+        warmup: Share of the optimizer steps over which the learning rate rises from 0.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time, same numbers.
+        layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
+            wherever it gives the model's own log-probs.
+        gguf_file: Name of a GGUF file inside a hub repository.
+        revision: Revision of the hub repository.
+        trust_remote_code: Whether to run model code that comes with the repository.
+
+    Raises:
+        ValueError: If arguments contradict one another.
+
+    References:
+        Rafailov et al. 2023, arXiv:2305.18290 (DPO); Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
+    """
+
+    def __init__(
+        self,
+        base: str,
+        objective: Objective = Sigmoid(),  # noqa: B008  an objective is immutable in use
+        quantization: BitsAndBytesConfig | None = default_quantization(),  # noqa: B008
+        lora: LoraConfig = default_lora(),  # noqa: B008
+        adapter: str | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
+        lr_scheduler: str = "linear",
+        warmup: float = 0.1,
+        gradient_checkpointing: bool = False,
+        layout: Layout = "auto",
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup < 1:
+            raise ValueError(f"model.warmup is a share of the steps, in [0, 1), not {warmup}.")
+        if adapter is not None and lora.to_dict() != default_lora().to_dict():
+            raise ValueError("model.adapter goes on from an adapter that has its own shape: leave model.lora out.")
+        self.base, self.gguf_file, self.revision, self.trust_remote_code = base, gguf_file, revision, trust_remote_code
+        self.objective, self.quantization, self.lora, self.adapter = objective, quantization, lora, adapter
+        self.optimizer, self.lr_scheduler, self.warmup = optimizer, SchedulerType(lr_scheduler).value, warmup
+        self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
+        self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
+        self.policy: Policy | None = None
+        self.strict_loading = False  # a checkpoint holds what trains; on_load_checkpoint checks the keys
+        self.save_hyperparameters(_plain_hyperparameters(self))
+
+    # --- the algorithm ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """The mean loss of the batch's pairs."""
+        reference = self.reference.logps(batch)
+        policy = self.policy.logps(batch)
+        losses = self.objective(policy, reference)
+        self.train_metrics.update(losses, self.objective.rewards(policy, reference), policy)
+        return losses.mean() * self._window_correction(batch_idx)
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Adds the batch to the held-out metrics."""
+        reference = self.reference.remembered_logps(batch)
+        policy = self.policy.logps(batch)
+        losses = self.objective(policy, reference)
+        self.eval_metrics.update(losses, self.objective.rewards(policy, reference), policy)
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Prediction]:
+        """The implicit rewards of each pair, and where it came from."""
+        policy, reference = self.policy.logps(batch), self.reference.remembered_logps(batch)
+        rewards = self.objective.rewards(policy, reference)
+        return [
+            {
+                "source": source,
+                "row": row,
+                "reward_chosen": chosen,
+                "reward_rejected": rejected,
+                "margin": chosen - rejected,
+            }
+            for (source, row), chosen, rejected in zip(
+                batch.origins, rewards.chosen.tolist(), rewards.rejected.tolist(), strict=True
+            )
+        ]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the adapters, with warm-up and a course over all steps of the run."""
+        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("The learning rate's course needs an end: set trainer.max_epochs or trainer.max_steps.")
+        scheduler = get_scheduler(self.lr_scheduler, optimizer, round(self.warmup * total), int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- building --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the policy on this process's device, once."""
+        if self.policy is not None:
+            return
+        precision = self.trainer.precision
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={precision} is not supported: half '-true' precisions corrupt 4-bit weights and "
+                f"train the adapters in half precision. Use one of {', '.join(PRECISIONS)}."
+            )
+        device = self.trainer.strategy.root_device
+        if precision == "16-mixed" and device.type == "cpu":
+            raise ValueError("trainer.precision=16-mixed needs a GPU: on a CPU it would silently be bf16-mixed.")
+        self.build_policy(PRECISIONS[precision], device)
+
+    def build_policy(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Loads base and adapters, with base weights and matrix products in ``dtype``."""
+        if self.quantization is not None and self.quantization.load_in_4bit:
+            self.quantization.bnb_4bit_compute_dtype = dtype
+        model = load_policy(
+            self.base,
+            quantization=self.quantization,
+            lora=self.lora,
+            adapter=self.adapter,
+            dtype=dtype,
+            device=device,
+            gguf_file=self.gguf_file,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = Policy(model, self.layout)
+        self.reference = InitialPolicy(self.policy)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return load_tokenizer(
+            self.base, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    @property
+    def model(self) -> PeftModel:
+        """The PEFT model inside the policy."""
+        assert self.policy is not None
+        return self.policy.model
+
+    def _window_correction(self, batch_idx: int) -> float:
+        """Lightning divides each loss by accumulate_grad_batches A, in a last window of n < A batches too: A / n."""
+        accumulate, num_batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if num_batches == float("inf"):
+            return 1.0
+        last_window = int(num_batches) % accumulate
+        return accumulate / last_window if batch_idx >= num_batches - last_window else 1.0
+
+    # --- logging ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        """Logs the mean over the pairs of an optimizer step, on all ranks."""
+        if not self.trainer.fit_loop._should_accumulate():
+            self._log_means("train", self.train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all held-out pairs; those before the first step too."""
+        values = self._log_means("val", self.eval_metrics)
+        complete = self.trainer.num_sanity_val_batches == self.trainer.num_val_batches
+        if self.trainer.sanity_checking and complete and self.logger is not None:
+            # Lightning throws away what a sanity check logs.
+            self.logger.log_metrics(values, step=self.global_step)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the means over all test pairs."""
+        self._log_means("test", self.eval_metrics)
+
+    def _log_means(self, stage: str, metrics: PreferenceMetrics) -> dict[str, float]:
+        values = {f"{stage}/{name}": value.item() for name, value in metrics.compute().items()}
+        metrics.reset()
+        shown = {key: values.pop(key) for key in (f"{stage}/loss", f"{stage}/rewards/accuracies")}
+        distributed = stage != "train"  # the values agree on all ranks; Lightning wants to be told
+        self.log_dict(shown, prog_bar=True, sync_dist=distributed, batch_size=1)
+        self.log_dict(values, sync_dist=distributed, batch_size=1)
+        return {**shown, **values}
+
+    # --- checkpoints: only what trains, and the state of the random generators -------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the adapters alone: the base is the hub's, and a 4-bit state could not be loaded back."""
+        names = self._trainable_names()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+        states: list[Any] = [_random_state()]
+        if self.trainer.world_size > 1:
+            states = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(states, _random_state())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint holds these very adapters."""
+        self._random_states = checkpoint.get("random_states")
+        if self.policy is None:  # load_from_checkpoint: build before the weights are copied
+            return
+        found, expected = set(checkpoint["state_dict"]), self._trainable_names()
+        if found != expected:
+            example = sorted(found ^ expected)[0]
+            raise ValueError(
+                f"The checkpoint holds {len(found)} adapter weights, of which {len(found & expected)} fit the "
+                f"{len(expected)} of this model ({example} stands alone). Was it trained with other model.lora settings?"
+            )
+
+    def on_train_start(self) -> None:
+        """Restores the random generators of a resumed run; checks that training mode is on."""
+        states = getattr(self, "_random_states", None)
+        if states is not None and self.global_rank < len(states):
+            _restore_random_state(states[self.global_rank])
+        self._random_states = None
+        self.train()
+
+    def _trainable_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _plain_hyperparameters(module: DPOModule) -> dict[str, Any]:
+    """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``."""
+    names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
+    return {name: getattr(module, name) for name in names}

@@ -1,0 +1,1 @@
+"""Policy and reference: loading, attention, log-probs. Meets the data in ``PairBatch`` alone."""

@@ -1,0 +1,141 @@
+"""Base weights, quantization, adapters ──► a PEFT model ready to train, with its initial policy within reach."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lit_dpo.base_model import resolve_base
+from lit_dpo.policy import attention
+
+REFERENCE_ADAPTER = "reference"
+# Initialisations that leave the base weights alone, so that "adapters off" is the initial policy.
+PLAIN_INITIALISATIONS = (True, "gaussian", "orthogonal")
+
+
+def default_quantization() -> BitsAndBytesConfig:
+    """NF4 with double quantization (QLoRA; Dettmers et al. 2023, arXiv:2305.14314)."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def default_lora() -> LoraConfig:
+    """LoRA of rank 16 on every linear layer but the head."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Refuses adapters under which switching them off would not give back the initial policy.
+
+    Raises:
+        ValueError: Naming the field and the remedy.
+    """
+    if lora.bias != "none":
+        raise ValueError(f"model.lora.bias={lora.bias!r} trains the base, which is the reference. Use 'none'.")
+    if lora.modules_to_save:
+        raise ValueError(
+            f"model.lora.modules_to_save={lora.modules_to_save} trains copies of base modules without adapters; the "
+            "reference needs them as they were. Put adapters on them with lora.target_modules instead."
+        )
+    if lora.init_lora_weights not in PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"model.lora.init_lora_weights={lora.init_lora_weights!r} changes the base weights or starts off the "
+            f"initial policy, so the reference would be another model. Use one of {PLAIN_INITIALISATIONS}."
+        )
+
+
+def load_policy(
+    base: str,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    lora: LoraConfig,
+    adapter: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """Loads the base and puts adapters on it, in training mode, without dropout of the base's own.
+
+    Args:
+        base: Hub id, local folder, GGUF file or ``package:NAME``.
+        quantization: 4-bit or 8-bit; None for none.
+        lora: Shape of fresh adapters; unused where ``adapter`` goes on from existing ones.
+        adapter: Folder or hub id of an adapter to go on from; its frozen copy is loaded as ``reference``.
+        dtype: Type of all base weights that are not quantized.
+        device: Where to load.
+        gguf_file: Name of a GGUF file inside a hub repository.
+        revision: Revision of the hub repository.
+        trust_remote_code: Whether to run the repository's own model code.
+
+    Raises:
+        ValueError: If the adapters would leave no initial policy to refer to.
+    """
+    name = resolve_base(base, gguf_file)
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+        attn_implementation="sdpa",
+        **options,
+    )
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    _disable_repacking(model)
+    model.requires_grad_(False)
+    if adapter is None:
+        check_lora(lora)
+        peft_model = get_peft_model(model, lora)
+    else:
+        _check_base(adapter, name)
+        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        check_lora(peft_model.peft_config["default"])
+        peft_model.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    peft_model.peft_config["default"].base_model_name_or_path = name
+    for parameter_name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_("lora_" in parameter_name and f".{REFERENCE_ADAPTER}" not in parameter_name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for config_name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(model.config, config_name, 0):
+            setattr(model.config, config_name, 0.0)
+    for module in model.modules():
+        if getattr(module, "attention_dropout", 0):
+            module.attention_dropout = 0.0
+    return peft_model.train()
+
+
+def use_flat_attention(model: PeftModel, enabled: bool) -> None:
+    """Switches the model between the attention of the flat layout and transformers' SDPA."""
+    model.get_base_model().set_attn_implementation(attention.NAME if enabled else "sdpa")
+
+
+def _disable_repacking(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16 at the first evaluation.
+
+    Repacked weights go through a kernel without autograd, and the adapters before them get no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_base(adapter: str, base: str) -> None:
+    """Warns if an adapter was trained on another base than the one that it is put on."""
+    config = Path(adapter) / "adapter_config.json"
+    if not config.exists():
+        return
+    trained_on = json.loads(config.read_text()).get("base_model_name_or_path")
+    if trained_on and Path(trained_on).name != Path(base).name:
+        import warnings
+
+        warnings.warn(f"The adapter {adapter} was trained on {trained_on}, but model.base is {base}.", stacklevel=2)

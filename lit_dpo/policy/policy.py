@@ -1,0 +1,116 @@
+"""Policy: a PEFT model that gives the log-probs of a ``PairBatch``, as it is or as it was at the start."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.tokenization import TokenizedPair
+from lit_dpo.objectives import PairLogps
+from lit_dpo.policy.attention import UnsupportedAttentionError
+from lit_dpo.policy.loading import REFERENCE_ADAPTER, use_flat_attention
+from lit_dpo.policy.logprobs import gather_logps, token_logps
+
+Layout: TypeAlias = Literal["auto", "flat", "padded"]
+
+
+class Policy(nn.Module):
+    """A language model with adapters.
+
+    Args:
+        model: The PEFT model.
+        layout: ``flat``, each prompt once and no padding; ``padded``, separate rows through the model's own forward;
+            ``auto``, flat if a few tokens give the same log-probs both ways, else padded with a warning.
+
+    Raises:
+        ValueError: If ``layout`` is ``flat`` and the architecture cannot be served so.
+    """
+
+    def __init__(self, model: PeftModel, layout: Layout = "auto") -> None:
+        super().__init__()
+        self.model = model
+        self.flat = layout != "padded"
+        use_flat_attention(model, self.flat)
+        if not self.flat:
+            return
+        reason = self._flat_fails()
+        if reason and layout == "flat":
+            raise ValueError(f"model.layout=flat cannot serve this architecture: {reason}. Use model.layout=padded.")
+        if reason:
+            warnings.warn(f"The padded layout is used, slower and larger, because {reason}.", stacklevel=2)
+            self.flat = False
+            use_flat_attention(model, False)
+
+    def logps(self, batch: PairBatch) -> PairLogps:
+        """Summed log-probs of both responses of P pairs, in nats."""
+        logps = self._flat_logps(batch) if self.flat else self._padded_logps(batch)
+        # Summed one by one: index_add would sum in another order each time on CUDA.
+        sums = torch.stack([part.sum() for part in logps.split(batch.response_lengths)])
+        lengths = torch.tensor(batch.response_lengths, device=sums.device)
+        return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+
+    @contextmanager
+    def initial(self) -> Iterator[None]:
+        """Within it the model is the initial policy: adapters off, or the frozen copy of those it started from.
+
+        Nothing computed in it may be differentiated after it: so it is without gradients.
+        """
+        with torch.no_grad():
+            if REFERENCE_ADAPTER not in self.model.peft_config:
+                with self.model.disable_adapter():
+                    yield
+                return
+            self.model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.set_adapter("default")
+
+    def _flat_logps(self, batch: PairBatch) -> Tensor:
+        """Log-prob of each response token, (R,), from the flat row."""
+        causal_lm: Any = self.model.get_base_model()
+        hidden = causal_lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # A mask of four dimensions is handed on as it is; ours is unused, and spares transformers building one.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=batch.input_ids.device),
+            use_cache=False,
+            segments=batch.segments,
+        ).last_hidden_state[0]
+        return token_logps(hidden[batch.predictors], batch.targets, causal_lm.get_output_embeddings())
+
+    def _padded_logps(self, batch: PairBatch) -> Tensor:
+        """Log-prob of each response token, (R,), from separate rows and the model's own logits."""
+        rows = batch.padded()
+        logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+        return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets)
+
+    @torch.no_grad()
+    def _flat_fails(self) -> str | None:
+        """Compares the flat path with the model's own on a few tokens; returns what is wrong with it, if anything."""
+        causal_lm: Any = self.model.get_base_model()
+        embeddings = causal_lm.get_input_embeddings().weight
+        ids = torch.arange(40, 91).remainder(len(embeddings)).tolist()
+        pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
+        batch = PairBatch.from_pairs(pairs).to(embeddings.device)
+        try:
+            flat = self._flat_logps(batch)
+            # Scaling or soft-capping after the head would escape log-probs that are computed from the head alone.
+            row = batch.input_ids[None, :20]
+            own = causal_lm(input_ids=row, use_cache=False).logits
+            head = causal_lm.get_output_embeddings()(causal_lm.base_model(row, use_cache=False).last_hidden_state)
+        except (UnsupportedAttentionError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
+        if not torch.allclose(head.float(), own.float(), rtol=1e-2, atol=1e-2):
+            return "its logits are not the output of its head alone (scaling or soft-capping)"
+        use_flat_attention(self.model, False)
+        padded = self._padded_logps(batch)
+        use_flat_attention(self.model, True)
+        difference = (flat - padded).abs().max().item()
+        tolerance = 1e-3 if embeddings.dtype == torch.float32 else 0.25
+        return None if difference < tolerance else f"its log-probs differ from the model's own by {difference:.2g} nats"
