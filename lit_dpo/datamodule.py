@@ -88,13 +88,13 @@ class PreferenceDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes, on one process of each node; the others find the cache filled."""
-        for line in self._load():
+        for line in self._load(trains=self.trainer is None or self.trainer.state.fn == "fit"):
             rank_zero_info(line)
 
     def setup(self, stage: str) -> None:
         """Takes the tokenized pairs from the cache."""
         if self.val_pairs is None or (stage == "fit" and self.train_pairs is None):
-            self._load()
+            self._load(trains=stage == "fit")
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of ``batch_size`` pairs, in the order of (seed, epoch), from where a checkpoint left off."""
@@ -129,10 +129,9 @@ class PreferenceDataModule(LightningDataModule):
         """Goes on from a place in the training data."""
         self._resume_at = (state_dict["epoch"], state_dict["batches"])
 
-    def _load(self) -> list[str]:
-        """Loads the pairs of this run and tells, a line a reason, what was left out."""
+    def _load(self, trains: bool) -> list[str]:
+        """Loads the held-out pairs, and those to train on if asked; tells, a line a reason, what was left out."""
         tokenizer = self._tokenizer()
-        trains = self.trainer is None or self.trainer.state.fn == "fit"
         report: list[str] = []
         if trains or self.val_size is not None:
             rows, place = load_rows(self.source, self.split, TRAIN_SPLITS)

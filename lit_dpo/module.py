@@ -1,8 +1,9 @@
 """DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
 
+import inspect
 import random
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from enum import Enum
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,8 +16,8 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, SchedulerT
 from lit_dpo.base_model import load_tokenizer
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
-from lit_dpo.objectives import Objective, PairLogps, Sigmoid
-from lit_dpo.policy.loading import default_lora, default_quantization, load_policy
+from lit_dpo.objectives import Objective, Sigmoid
+from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
 from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import InitialPolicy
 
@@ -30,10 +31,10 @@ class DPOModule(LightningModule):
 
     Args:
         base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for a package that ships one.
-        objective: The preference loss.
-        quantization: transformers' ``BitsAndBytesConfig``; null for none. Its compute type follows
-            ``trainer.precision``.
-        lora: PEFT's ``LoraConfig`` of the adapters.
+        objective: The preference loss; by default ``Sigmoid``, the DPO of the paper with β 0.1.
+        quantization: transformers' ``BitsAndBytesConfig``; ``nf4`` for QLoRA's 4 bits with double quantization; null for
+            none. The type of its matrix products follows ``trainer.precision``.
+        lora: PEFT's ``LoraConfig`` of the adapters; by default rank 16 on all linear layers but the head.
         adapter: Folder or hub id of an adapter to go on from; a frozen copy of it is then the reference.
         optimizer: Any torch optimizer.
         lr_scheduler: Course of the learning rate after warm-up, by transformers' name: linear, cosine, constant, ...
@@ -55,9 +56,9 @@ class DPOModule(LightningModule):
     def __init__(
         self,
         base: str,
-        objective: Objective = Sigmoid(),  # noqa: B008  an objective is immutable in use
-        quantization: BitsAndBytesConfig | None = default_quantization(),  # noqa: B008
-        lora: LoraConfig = default_lora(),  # noqa: B008
+        objective: Objective | None = None,
+        quantization: BitsAndBytesConfig | Literal["nf4"] | None = "nf4",
+        lora: LoraConfig | None = None,
         adapter: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
         lr_scheduler: str = "linear",
@@ -71,10 +72,13 @@ class DPOModule(LightningModule):
         super().__init__()
         if not 0 <= warmup < 1:
             raise ValueError(f"model.warmup is a share of the steps, in [0, 1), not {warmup}.")
-        if adapter is not None and lora.to_dict() != default_lora().to_dict():
+        lora = LoraConfig(**LORA) if lora is None else lora
+        if adapter is not None and lora.to_dict() != LoraConfig(**LORA).to_dict():
             raise ValueError("model.adapter goes on from an adapter that has its own shape: leave model.lora out.")
         self.base, self.gguf_file, self.revision, self.trust_remote_code = base, gguf_file, revision, trust_remote_code
-        self.objective, self.quantization, self.lora, self.adapter = objective, quantization, lora, adapter
+        self.objective = Sigmoid() if objective is None else objective
+        self.quantization = BitsAndBytesConfig(**NF4) if quantization == "nf4" else quantization
+        self.lora, self.adapter = lora, adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, SchedulerType(lr_scheduler).value, warmup
         self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
@@ -135,13 +139,16 @@ class DPOModule(LightningModule):
         """Loads the policy on this process's device, once."""
         if self.policy is not None:
             return
-        precision = self.trainer.precision
+        if self._trainer is None:  # load_from_checkpoint, or a script that only generates
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.build_policy(PRECISIONS[precision_for(device)], device)
+            return
+        precision, device = self.trainer.precision, self.trainer.strategy.root_device
         if precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={precision} is not supported: half '-true' precisions corrupt 4-bit weights and "
                 f"train the adapters in half precision. Use one of {', '.join(PRECISIONS)}."
             )
-        device = self.trainer.strategy.root_device
         if precision == "16-mixed" and device.type == "cpu":
             raise ValueError("trainer.precision=16-mixed needs a GPU: on a CPU it would silently be bf16-mixed.")
         self.build_policy(PRECISIONS[precision], device)
@@ -229,8 +236,6 @@ class DPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint holds these very adapters."""
         self._random_states = checkpoint.get("random_states")
-        if self.policy is None:  # load_from_checkpoint: build before the weights are copied
-            return
         found, expected = set(checkpoint["state_dict"]), self._trainable_names()
         if found != expected:
             example = sorted(found ^ expected)[0]
@@ -267,6 +272,32 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _plain_hyperparameters(module: DPOModule) -> dict[str, Any]:
-    """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``."""
+    """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``.
+
+    All but the optimizer, a function: it matters to ``fit`` alone, which is given it anew.
+    """
     names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
-    return {name: getattr(module, name) for name in names}
+    objective = type(module.objective)
+    return {
+        **{name: getattr(module, name) for name in (*names, "trust_remote_code")},
+        "objective": {
+            "class_path": f"{objective.__module__}.{objective.__qualname__}",
+            "init_args": dict(vars(module.objective)),
+        },
+        "lora": _plain_fields(module.lora, LoraConfig()),
+        "quantization": None
+        if module.quantization is None
+        else _plain_fields(module.quantization, BitsAndBytesConfig(), skip=("bnb_4bit_compute_dtype",)),
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+
+
+def _plain_fields(config: Any, default: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The constructor's arguments that differ from their defaults, as plain values."""
+    plain = {}
+    for name in inspect.signature(type(config).__init__).parameters:
+        value = getattr(config, name, None)
+        if name not in skip and value != getattr(default, name, None):
+            value = value.value if isinstance(value, Enum) else value
+            plain[name] = sorted(value) if isinstance(value, set) else value
+    return plain

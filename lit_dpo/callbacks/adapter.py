@@ -1,0 +1,42 @@
+"""AdapterExport: the aligned adapter in PEFT's format, ready for any tool that reads it."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.callbacks.run_dir import run_dir
+from lit_dpo.policy.policy import Policy
+
+
+class AdapterExport(Callback):
+    """Saves adapter, tokenizer and chat template at the end of training, and when Ctrl-C ends it.
+
+    Args:
+        dirname: Folder inside the run's folder.
+    """
+
+    def __init__(self, dirname: str = "adapter") -> None:
+        self.dirname = dirname
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the final adapter."""
+        self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves the adapter as it is when Ctrl-C is pressed."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_dir(trainer) / self.dirname
+        if trainer.is_global_zero:
+            save_adapter(pl_module.policy, pl_module.load_tokenizer(), folder)
+
+
+def save_adapter(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes ``adapter_model.safetensors``, ``adapter_config.json``, tokenizer and chat template into ``folder``."""
+    # Embeddings never train here; the default would ask the hub whether they were resized.
+    policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))

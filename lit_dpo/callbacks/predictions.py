@@ -1,0 +1,53 @@
+"""PredictionWriter: implicit rewards of each pair as JSON lines."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_dpo.callbacks.run_dir import run_dir
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict`` gives, batch by batch, to ``predictions.jsonl``; one file a rank if there are several.
+
+    Each line has ``source``, ``row``, ``reward_chosen``, ``reward_rejected`` and their ``margin``.
+
+    Args:
+        filename: Name of the file inside the run's folder.
+    """
+
+    def __init__(self, filename: str = "predictions.jsonl") -> None:
+        super().__init__("batch")
+        self.filename = filename
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts an empty file."""
+        name = self.filename
+        if trainer.world_size > 1:
+            stem, _, suffix = self.filename.rpartition(".")
+            name = f"{stem}.rank{trainer.global_rank}.{suffix}"
+        self.path = run_dir(trainer) / name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Appends a line a pair."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says where the file is."""
+        rank_zero_info(f"Implicit rewards of each pair: {self.path}")

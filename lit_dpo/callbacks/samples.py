@@ -1,0 +1,36 @@
+"""ComparisonSamples: base and aligned answers to held-out prompts, side by side."""
+
+import shutil
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_dpo.callbacks.run_dir import run_dir
+from lit_dpo.policy.generation import compare, markdown, side_by_side
+
+
+class ComparisonSamples(Callback):
+    """Answers held-out prompts at the end of training, prints them and writes ``samples.md``.
+
+    Args:
+        num_prompts: Held-out prompts to answer; 0 for none.
+        max_new_tokens: Most tokens of an answer.
+    """
+
+    def __init__(self, num_prompts: int = 4, max_new_tokens: int = 64) -> None:
+        self.num_prompts, self.max_new_tokens = num_prompts, max_new_tokens
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generates on the first rank; the others wait."""
+        folder = run_dir(trainer)
+        pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
+        if self.num_prompts > 0 and pairs is not None and trainer.is_global_zero:
+            module: Any = pl_module
+            prompts = [pairs.question(index) for index in range(min(self.num_prompts, len(pairs)))]
+            comparisons = compare(
+                module.policy, module.load_tokenizer(), prompts, max_new_tokens=self.max_new_tokens
+            )
+            print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)), flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "samples.md").write_text(markdown(comparisons))
+        trainer.strategy.barrier("samples")

@@ -1,0 +1,54 @@
+"""RunSummary: held-out numbers before the first step and after the last, and where everything is."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_dpo.callbacks.run_dir import run_dir
+
+ROWS = ("val/loss", "val/rewards/accuracies", "val/rewards/margins", "val/logps/chosen", "val/logps/rejected")
+FILES = {
+    "adapter": "the aligned adapter, for peft.AutoPeftModelForCausalLM",
+    "checkpoints": "last.ckpt to go on from, and the best by val/loss",
+    "config.yaml": "the whole configuration",
+    "metrics.csv": "every logged number",
+    "samples.md": "base against aligned answers",
+}
+
+
+class RunSummary(Callback):
+    """Prints a table at the end of training. The first column is there if the sanity check covers all held-out pairs."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the held-out numbers."""
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        if not trainer.sanity_checking:
+            self.after = values
+        elif trainer.num_sanity_val_batches == trainer.num_val_batches:
+            self.before = values
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks for an evaluation after the last step where ``max_steps`` ends the run in the middle of an epoch."""
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table and the files that are there."""
+        folder = run_dir(trainer)
+        if not trainer.is_global_zero:
+            return
+        if self.after:
+            print(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}")
+            for name in ROWS:
+                before = f"{self.before[name]:.4f}" if name in self.before else "–"
+                print(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
+        print(f"\n{folder}/")
+        for name, meaning in FILES.items():
+            if (folder / name).exists():
+                print(f"  {name:<14}{meaning}")

@@ -1,0 +1,131 @@
+"""``python -m lit_dpo generate``: base and aligned answers side by side, from a checkpoint or an adapter."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from lit_dpo.base_model import resolve_base
+from lit_dpo.data.preparation import PairDataset
+from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.module import DPOModule
+from lit_dpo.policy.generation import compare, markdown, side_by_side
+from lit_dpo.policy.loading import REFERENCE_ADAPTER
+
+
+def generate(
+    ckpt_path: str | None = None,
+    adapter: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
+    held_out: int = 0,
+    source: str | None = None,
+    output: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+    quantization: BitsAndBytesConfig | Literal["nf4"] | None = "nf4",
+    seed: int = 42,
+) -> None:
+    """Answers prompts with the base and with the aligned model, side by side.
+
+    Args:
+        ckpt_path: Checkpoint of a run; model and held-out data are taken from it.
+        adapter: Folder of an exported adapter, instead of a checkpoint.
+        prompt: Prompts given here.
+        prompts: File of prompts: one a line, or JSON lines with a ``prompt``.
+        held_out: Number of held-out prompts to answer, of the checkpoint's data or of ``source``.
+        source: Where held-out prompts come from: as data.source.
+        output: File to write instead of printing: .md, .jsonl or .txt.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 for greedy decoding, else sampling.
+        batch_size: Prompts that are answered together.
+        quantization: Quantization of an adapter's base; a checkpoint brings its own.
+        seed: Seed of sampling.
+
+    Raises:
+        ValueError: If neither or both of checkpoint and adapter are given, or no prompt.
+        FileNotFoundError: If a file is not there.
+    """
+    if (ckpt_path is None) == (adapter is None):
+        raise ValueError("generate needs either --ckpt_path CHECKPOINT or --adapter FOLDER.")
+    if not (prompt or prompts or held_out):
+        raise ValueError("generate needs prompts: --prompt TEXT, --prompts FILE or --held_out NUMBER.")
+    for path in (ckpt_path, adapter, prompts):
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: there is no such file or folder.")
+    if output is not None and Path(output).suffix not in (".md", ".jsonl", ".txt"):
+        raise ValueError(f"--output {output}: the name must end in .md, .jsonl or .txt.")
+
+    torch.manual_seed(seed)
+    data: dict[str, Any] = {}
+    if ckpt_path is not None:
+        module = DPOModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+        data = torch.load(ckpt_path, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
+    else:
+        assert adapter is not None
+        base = json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        module = DPOModule(base, quantization=quantization, adapter=adapter)
+        module.configure_model()
+        module.model.delete_adapter(REFERENCE_ADAPTER)  # to be compared with the bare base
+
+    questions = list(prompt or [])
+    if prompts is not None:
+        questions += _read_prompts(Path(prompts))
+    if held_out:
+        pairs = _held_out_pairs(data, source, module)
+        questions += [pairs.question(index) for index in range(min(held_out, len(pairs)))]
+
+    assert module.policy is not None
+    comparisons = compare(
+        module.policy,
+        module.load_tokenizer(),
+        questions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+    if output is None:
+        print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
+        return
+    texts = {
+        ".md": markdown,
+        ".jsonl": lambda rows: "".join(json.dumps(asdict(row)) + "\n" for row in rows),
+        ".txt": side_by_side,
+    }
+    Path(output).write_text(texts[Path(output).suffix](comparisons))
+    sys.stderr.write(f"Wrote {len(comparisons)} comparisons to {output}.\n")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line, or of JSON lines with a ``prompt``."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object with a 'prompt'.") from error
+    return found
+
+
+def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule) -> PairDataset:
+    """The held-out pairs of ``source``, or else of the data that a checkpoint was trained on."""
+    tokenizer = resolve_base(module.base, module.gguf_file)
+    if source is not None:
+        datamodule = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)
+    elif data.get("source") is not None:
+        arguments = {key: value for key, value in data.items() if not key.startswith("_")}
+        datamodule = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
+    else:
+        raise ValueError("--held_out needs to know the data: give --source, or a checkpoint that was trained on a named one.")
+    datamodule.setup("predict")
+    assert datamodule.val_pairs is not None
+    return datamodule.val_pairs

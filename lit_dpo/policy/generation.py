@@ -1,0 +1,116 @@
+"""Prompts ──► answers of the initial and of the aligned policy, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lit_dpo.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt: before and after alignment."""
+
+    prompt: str
+    base: str
+    aligned: str
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one user message up to where the answer begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def compare(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+) -> list[Comparison]:
+    """Answers each prompt with the initial and with the aligned policy.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        prompts: User messages.
+        max_new_tokens: Most tokens of an answer; one that is cut ends in an ellipsis.
+        temperature: 0 for greedy decoding.
+        batch_size: Prompts that are answered together.
+    """
+    was_training = policy.training
+    policy.eval()
+    comparisons = []
+    try:
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            ids = [encode_prompt(prompt, tokenizer) for prompt in chunk]
+            with policy.initial():
+                base = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
+            aligned = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
+            comparisons += [Comparison(*row) for row in zip(chunk, base, aligned, strict=True)]
+    finally:
+        policy.train(was_training)
+    return comparisons
+
+
+@torch.no_grad()
+def _answers(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], max_new_tokens: int, temperature: float
+) -> list[str]:
+    width = max(len(prompt) for prompt in ids)
+    device = policy.model.device
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in ids], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids], device=device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ends = policy.model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **sampling)
+    outputs = policy.model.generate(
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, use_cache=True
+    )[:, width:]
+    answers = []
+    for tokens in outputs.tolist():
+        finished = any(token in ends for token in tokens)
+        answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip() + ("" if finished else " …"))
+    return answers
+
+
+def side_by_side(comparisons: Sequence[Comparison], width: int = 100) -> str:
+    """The answers as two columns of text."""
+    import textwrap
+
+    column = (width - 3) // 2
+    lines = []
+    for comparison in comparisons:
+        lines += ["", *textwrap.wrap(f"» {comparison.prompt}", width)]
+        lines.append(f"{'base':<{column}} │ aligned")
+        lines.append("─" * column + "─┼─" + "─" * column)
+        left, right = ([line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
+                       for text in (comparison.base, comparison.aligned))
+        for row in range(max(len(left), len(right))):
+            first = left[row] if row < len(left) else ""
+            second = right[row] if row < len(right) else ""
+            lines.append(f"{first:<{column}} │ {second}".rstrip())
+    return "\n".join(lines)
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """The answers as a Markdown document."""
+    blocks = ["# Base against aligned answers"]
+    for comparison in comparisons:
+        blocks.append(f"## {comparison.prompt}")
+        for name, text in (("Base", comparison.base), ("Aligned", comparison.aligned)):
+            quoted = "\n".join(f"> {line}" for line in text.splitlines() or [""])
+            blocks.append(f"**{name}**\n\n{quoted}")
+    return "\n\n".join(blocks) + "\n"
