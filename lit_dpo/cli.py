@@ -166,7 +166,7 @@ def default_loggers(name: str) -> list[Logger]:
     csv = CSVLogger("runs", name=name)
     if not RequirementCache("tensorboard"):
         return [csv]
-    return [csv, TensorBoardLogger("runs", name=name, version=f"version_{csv.version}")]
+    return [csv, TensorBoardLogger("runs", name=name, version=csv.version)]
 
 
 def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:

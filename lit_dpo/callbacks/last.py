@@ -90,5 +90,5 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> Path:
         path = self._path(trainer)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # with optimizer and loop states
         return path

@@ -75,9 +75,11 @@ def _answers(
     ends = policy.model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     ends = sorted({*ends, tokenizer.eos_token_id} - {None})
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **sampling)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
+    )
     outputs = policy.model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, use_cache=True
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=config
     )[:, width:]
     answers = []
     for tokens in outputs.tolist():
