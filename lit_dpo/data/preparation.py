@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Sequence as ListOf, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base_model import cache_dir

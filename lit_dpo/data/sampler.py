@@ -27,7 +27,14 @@ class PairSampler(DistributedSampler[list[int]]):
     """
 
     def __init__(
-        self, dataset: Sized, *, batch_size: int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0
+        self,
+        dataset: Sized,
+        *,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.num_pairs = len(dataset)
@@ -43,7 +50,7 @@ class PairSampler(DistributedSampler[list[int]]):
         """Batches in a whole epoch."""
         return self.num_pairs // (self.batch_size * self.num_replicas)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.num_pairs))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -78,6 +85,6 @@ class EvalSampler(DistributedSampler[list[int]]):
         """Batches of this rank."""
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield list(self.indices[start : start + self.batch_size])

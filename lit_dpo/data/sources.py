@@ -76,7 +76,9 @@ def _open(source: str) -> Any:
     try:
         return load_dataset(source)
     except DatasetNotFoundError as error:
-        raise FileNotFoundError(f"data source {source}: neither a local file or folder nor a data set of the hub.") from error
+        raise FileNotFoundError(
+            f"data source {source}: neither a local file or folder nor a data set of the hub."
+        ) from error
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
             f"data source {source}: the hub cannot be reached ({type(error).__name__}). Give a local file or folder, "

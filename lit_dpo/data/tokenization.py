@@ -107,4 +107,5 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         if isinstance(content, str) and text.rstrip().endswith(content.rstrip()) and tokenizer.eos_token_id is not None:
             response = [*response, tokenizer.eos_token_id]
         responses.append(response)
-    return TokenizedPair(prompt, *responses)
+    chosen, rejected = responses
+    return TokenizedPair(prompt, chosen, rejected)

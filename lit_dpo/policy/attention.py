@@ -1,8 +1,8 @@
 """Attention over the flat layout of ``PairBatch``, registered with transformers as ``lit_dpo``.
 
-A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else. That is ordinary
-causal attention over prompt + chosen, and over prompt + rejected for the rejected tokens alone. Where the forward
-carries no ``segments`` (generation, padded rows), transformers' own SDPA is used.
+A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else. That is causal
+attention over prompt + chosen, and over prompt + rejected for the rejected tokens alone. Where the forward carries no
+``segments`` (generation, padded rows), transformers' own SDPA is used.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,9 @@ def flat_attention(
     """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = []
-    for pair in zip(*(part.split([sum(s) for s in segments], dim=2) for part in (query, key, value)), segments, strict=True):
+    for pair in zip(
+        *(part.split([sum(s) for s in segments], dim=2) for part in (query, key, value)), segments, strict=True
+    ):
         q, k, v, (prompt, chosen, rejected) = pair
         q_first, q_rejected = q.split([prompt + chosen, rejected], dim=2)
         k_prompt, k_chosen, k_rejected = k.split([prompt, chosen, rejected], dim=2)

@@ -78,13 +78,13 @@ def _answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
     )
-    outputs = policy.model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config
-    )[:, width:]
+    outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)[
+        :, width:
+    ]
     answers = []
     for tokens in outputs.tolist():
         finished = any(token in ends for token in tokens)
-        answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip() + ("" if finished else " …"))
+        answers.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() + ("" if finished else " …"))
     return answers
 
 
@@ -98,8 +98,10 @@ def side_by_side(comparisons: Sequence[Comparison], width: int = 100) -> str:
         lines += ["", *textwrap.wrap(f"» {comparison.prompt}", width)]
         lines.append(f"{'base':<{column}} │ aligned")
         lines.append("─" * column + "─┼─" + "─" * column)
-        left, right = ([line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
-                       for text in (comparison.base, comparison.aligned))
+        left, right = (
+            [line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
+            for text in (comparison.base, comparison.aligned)
+        )
         for row in range(max(len(left), len(right))):
             first = left[row] if row < len(left) else ""
             second = right[row] if row < len(right) else ""

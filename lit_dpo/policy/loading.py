@@ -115,7 +115,7 @@ def load_policy(
             setattr(model.config, config_name, 0.0)
     for module in model.modules():
         if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     return peft_model.train()
 
 
@@ -131,7 +131,7 @@ def _disable_repacking(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _check_base(adapter: str, base: str) -> None:

@@ -29,7 +29,9 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         bias = None if head.bias is None else head.bias.to(dtype)
-        logps: Tensor = _FrozenHeadLogps.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets)
+        logps: Tensor = _FrozenHeadLogps.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), head.weight.to(dtype), bias, targets
+        )
         return logps
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     return torch.cat([checkpoint(_head_logps, head, h, t, use_reentrant=False) for h, t in chunks])
@@ -47,7 +49,7 @@ def _head_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tenso
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
-    """With z = W h + b and p = softmax(z): log p_t, and its gradient W_t - pᵀW in h, in one pass over the vocabulary."""
+    """With z = Wh + b and p = softmax(z): log p_t and its gradient in h, W_t - pᵀW, in one pass over the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

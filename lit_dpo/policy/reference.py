@@ -32,4 +32,3 @@ class InitialPolicy:
             self._remembered[key] = PairLogps(*(part.cpu() for part in self.logps(batch)))
         device = batch.input_ids.device
         return PairLogps(*(part.to(device) for part in self._remembered[key]))
-
