@@ -18,7 +18,7 @@ from lit_dpo.base_model import load_tokenizer
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.objectives import Objective, Sigmoid
-from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
+from lit_dpo.policy.loading import LORA, NF4, checkpoint_activations, load_policy, precision_for
 from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import InitialPolicy
 
@@ -172,7 +172,7 @@ class DPOModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         if self.gradient_checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         self.policy = Policy(model, self.layout)
         self.reference = InitialPolicy(self.policy)
         trainable, total = model.get_nb_trainable_parameters()

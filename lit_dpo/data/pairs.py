@@ -57,11 +57,11 @@ def read_pair(row: Mapping[str, Any]) -> PreferencePair | str:
         chosen_all, rejected_all = _messages(chosen, "chosen"), _messages(rejected, "rejected")
         if not chosen_all or not rejected_all:
             return "empty response"
-        if isinstance(prompt, list) and chosen_all[: len(prompt)] != _messages(prompt, "prompt"):
-            turns, chosen_turns, rejected_turns = _messages(prompt, "prompt"), chosen_all, rejected_all
-        else:
-            shared = _shared_turns(chosen_all, rejected_all)
-            turns, chosen_turns, rejected_turns = chosen_all[:shared], chosen_all[shared:], rejected_all[shared:]
+        lead = [] if prompt is None else _messages(prompt, "prompt")
+        if chosen_all[0]["role"] != "assistant" and (isinstance(prompt, str) or chosen_all[: len(lead)] == lead):
+            lead = []  # the lists repeat the prompt
+        shared = _shared_turns(chosen_all, rejected_all)
+        turns, chosen_turns, rejected_turns = lead + chosen_all[:shared], chosen_all[shared:], rejected_all[shared:]
 
     if not turns or not _has_text(turns[-1]):
         return "empty prompt"

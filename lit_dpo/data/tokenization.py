@@ -92,7 +92,7 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
     generation = render(generate=True)
     # A template may open the answer differently when it generates (a thinking tag, say): then the prompt ends where
     # prompt and both conversations part, but never before the end of the last user turn.
-    prompt_text = os.path.commonprefix([generation, *conversations])
+    prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
     if prompt_text != generation and not prompt_text.startswith(render()):
         raise ValueError(
             "The chat template does not begin a conversation with its own prompt: "

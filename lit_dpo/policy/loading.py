@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_dpo.base_model import resolve_base
-from lit_dpo.policy import attention
 
 REFERENCE_ADAPTER = "reference"
 # Initialisations that leave the base weights alone, so that "adapters off" is the initial policy.
@@ -88,7 +87,6 @@ def load_policy(
         quantization_config=quantization,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
-        attn_implementation="sdpa",
         **options,
     )
     model.config.use_cache = False
@@ -119,9 +117,12 @@ def load_policy(
     return peft_model.train()
 
 
-def use_flat_attention(model: PeftModel, enabled: bool) -> None:
-    """Switches the model between the attention of the flat layout and transformers' SDPA."""
-    model.get_base_model().set_attn_implementation(attention.NAME if enabled else "sdpa")
+def checkpoint_activations(model: PeftModel) -> None:
+    """Recomputes each layer's activations in the backward pass instead of keeping them."""
+    causal_lm = model.get_base_model()
+    name = "activation_checkpointing_enable"  # transformers 5.23 renamed gradient_checkpointing_enable
+    enable = getattr(causal_lm, name if hasattr(causal_lm, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
 
 
 def _disable_repacking(model: nn.Module) -> None:

