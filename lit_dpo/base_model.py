@@ -46,12 +46,13 @@ def locate(name: str) -> str:
     return str(path)
 
 
-def resolve_base(base: str, gguf_file: str | None = None) -> str:
+def resolve_base(base: str, gguf_file: str | None = None, revision: str | None = None) -> str:
     """The hub id or the local safetensors folder that ``from_pretrained`` loads for ``base``.
 
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
         gguf_file: Name of a GGUF file inside a hub repository.
+        revision: Revision of that repository.
 
     Raises:
         FileNotFoundError: If ``base`` is a path, or a package, that does not exist.
@@ -61,7 +62,7 @@ def resolve_base(base: str, gguf_file: str | None = None) -> str:
     if gguf_file is not None and not path.exists():
         from huggingface_hub import hf_hub_download
 
-        return str(_converted(Path(hf_hub_download(base, gguf_file))))
+        return str(_converted(Path(hf_hub_download(base, gguf_file, revision=revision))))
     if path.is_dir() and not (path / "config.json").exists():
         files = [path / gguf_file] if gguf_file else sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -90,7 +91,7 @@ def load_tokenizer(
         ValueError: If it has no chat template.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        resolve_base(base, gguf_file), revision=revision, trust_remote_code=trust_remote_code
+        resolve_base(base, gguf_file, revision), revision=revision, trust_remote_code=trust_remote_code
     )
     if not tokenizer.chat_template:
         raise ValueError(

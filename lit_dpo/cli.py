@@ -4,6 +4,7 @@ A ``LightningCLI`` with every Trainer flag, plus our defaults: precision by the 
 that leave adapter, checkpoints, samples and a summary behind, and errors of one line.
 """
 
+import copy
 import difflib
 import logging
 import re
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -100,7 +102,7 @@ class DPOCLI(LightningCLI):
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
         commands = parser.add_subcommands()
         for name, description in DESCRIPTIONS.items():
-            options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description}
+            options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description, "allow_abbrev": False}
             if name not in self._args:
                 command = self.parser_class(**options)
             elif name == GENERATE:
@@ -112,20 +114,17 @@ class DPOCLI(LightningCLI):
             commands.add_subcommand(name, command, help=description)
 
     def _parse_ckpt_path(self) -> None:
-        """Defaults, then what the checkpoint stored, then configuration file and command line; the later wins."""
-        if self.config.subcommand == GENERATE:
+        """Takes the model's arguments from a checkpoint, but for those given on the command line or in a file."""
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand == GENERATE or not config.get("ckpt_path") or not Path(config.ckpt_path).is_file():
             return
-        given = self.config
-        super()._parse_ckpt_path()
-        if self.config is given:
-            return
-        stored = self.config
-        self.config = self.parser.parse_args(self._args, namespace=stored.clone())
-        model = f"{self.config.subcommand}.model"
-        was, now = (dict(_leaves(config[model], "model")) for config in (stored, self.config))
-        for key in sorted(was.keys() & now.keys()):
-            if was[key] != now[key]:
-                rank_zero_warn(f"{key} is {now[key]!r}, as given; the checkpoint stored {was[key]!r}.")
+        checkpoint = torch.load(config.ckpt_path, weights_only=True, map_location="cpu", mmap=True)
+        stored = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
+        given = {key: _value(config.model, key) for key in _given_model_keys(self._args, config.get("config") or [])}
+        hyper_parameters, overridden = override(stored, given)
+        for key, (was, now) in overridden.items():
+            rank_zero_warn(f"model.{key} is {now!r}, as given; the checkpoint stored {was!r}.")
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": hyper_parameters}}, self.config)
 
     def _set_seed(self) -> None:
         if self.subcommand != GENERATE:
@@ -157,6 +156,11 @@ class DPOCLI(LightningCLI):
             kwargs["logger"] = default_loggers(config.run_name)
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == GENERATE:
             generate(**{key: value for key, value in self.config_init[GENERATE].items() if key != "config"})
@@ -178,6 +182,7 @@ def quiet_libraries() -> None:
         "`loftq_config` specified but will be ignored",  # peft, of its own default
         "`is_gradient_checkpointing` is deprecated",  # peft, calling transformers
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning, calling torch
+        "The dirpath has changed from",  # lightning, of a resumed run, which gets a folder of its own
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -185,12 +190,56 @@ def quiet_libraries() -> None:
     )
 
 
-def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:
-    """The keys and values of a nested configuration."""
-    if isinstance(config, Namespace | dict):
-        items = vars(config).items() if isinstance(config, Namespace) else config.items()
-        return [leaf for key, value in items for leaf in _leaves(value, f"{prefix}.{key}")]
-    return [(prefix, config)]
+def override(stored: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Puts given values in the place of stored ones.
+
+    Args:
+        stored: Hyper-parameters, nested.
+        given: Values by dotted key, ``init_args`` left out: ``objective.beta``. A class given anew brings all its own.
+
+    Returns:
+        The hyper-parameters, without those that are given whole, and what was overridden: stored and given value.
+    """
+    result, overridden = copy.deepcopy(stored), {}
+    for key, value in given.items():
+        name, _, rest = key.partition(".")
+        was = _value(stored, key)
+        if rest in ("", "class_path") or f"{name}.class_path" in given or not isinstance(stored.get(name), dict):
+            result.pop(name, None)
+        else:
+            fields = result[name].get("init_args", result[name])
+            fields[rest] = value
+        if name in stored and was != value and not (rest == "class_path" and str(was).endswith(f".{value}")):
+            overridden[key] = (was, value)
+    return result, overridden
+
+
+def _value(config: Any, key: str) -> Any:
+    """The value under a dotted key that leaves ``init_args`` out; None where there is none."""
+    for name in key.split("."):
+        if isinstance(config, Namespace):
+            config = config.as_dict()
+        if not isinstance(config, dict):
+            return None
+        config = config.get(name, config.get("init_args", {}).get(name) if name not in config else None)
+    return config.as_dict() if isinstance(config, Namespace) else config
+
+
+def _given_model_keys(args: list[str], files: list[Any]) -> list[str]:
+    """Dotted keys, without ``model.`` and ``init_args``, that arguments and configuration files set."""
+    keys = [arg.removeprefix("--model.").split("=")[0] for arg in args if arg.startswith("--model.")]
+    for file in files:
+        keys += _leaves(yaml.safe_load(Path(str(file)).read_text()).get("model") or {})
+    return [key.replace(".init_args", "") for key in keys]
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a nested mapping."""
+    keys = []
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        keys += _leaves(value, f"{prefix}{key}.") if nested else [prefix + key]
+    return keys
 
 
 def _with_suggestion(message: str, parser: Any) -> str:
@@ -219,7 +268,7 @@ def main(args: list[str] | None = None) -> None:
             save_config_callback=SaveFitConfig,
             seed_everything_default=42,
             parser_class=Parser,
-            parser_kwargs={"prog": "lit_dpo"},
+            parser_kwargs={"prog": "lit_dpo", "allow_abbrev": False},
             auto_configure_optimizers=False,  # the module's own optimizer and schedule
         )
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -40,7 +41,7 @@ class PreferenceDataModule(LightningDataModule):
         num_proc: Processes that tokenize; by default the training process alone.
         shuffle: Whether to train in a new random order each epoch.
         seed: Seed of the training order and of ``val_size``.
-        tokenizer: Base model whose tokenizer and chat template are used; by default that of the model in training.
+        tokenizer: Tokenizer, or name of a base model that has one; by default that of the model in training.
 
     Raises:
         ValueError: If arguments contradict one another.
@@ -63,7 +64,7 @@ class PreferenceDataModule(LightningDataModule):
         num_proc: int | None = None,
         shuffle: bool = True,
         seed: int = 42,
-        tokenizer: str | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         if val_size is not None and (val_source is not None or val_split is not None):
@@ -78,13 +79,13 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.num_proc = num_workers, num_proc
         self.shuffle, self.seed = shuffle, seed
-        self.tokenizer_name = tokenizer
+        self.tokenizer = tokenizer
         self.train_pairs: PairDataset | None = None
         self.val_pairs: PairDataset | None = None
         self._resume_at = (-1, 0)
         # Plain values only: a checkpoint with objects in it could not be loaded with weights_only=True.
-        in_memory = [name for name in ("source", "val_source") if isinstance(getattr(self, name), Dataset)]
-        self.save_hyperparameters(ignore=in_memory)
+        names = ("source", "val_source", "tokenizer")
+        self.save_hyperparameters(ignore=[n for n in names if not isinstance(getattr(self, n), str | None)])
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes, on one process of each node; the others find the cache filled."""
@@ -155,12 +156,14 @@ class PreferenceDataModule(LightningDataModule):
         return report + more
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        if self.tokenizer is not None:
+            return self.tokenizer
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if module is None or not hasattr(module, "load_tokenizer"):
+        if module is None or not hasattr(module, "tokenizer"):
             raise ValueError("Set data.tokenizer to the base model's name: there is no DPOModule to take it from.")
-        tokenizer: PreTrainedTokenizerBase = module.load_tokenizer()
+        tokenizer: PreTrainedTokenizerBase = module.tokenizer
         return tokenizer
 
     def _ranks(self) -> dict[str, int]:
@@ -177,5 +180,7 @@ class PreferenceDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            # An iterator draws a seed: from the global generator it would shift the dropout of a resumed run.
+            generator=torch.Generator().manual_seed(self.seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

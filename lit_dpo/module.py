@@ -2,7 +2,9 @@
 
 import inspect
 import random
+from collections.abc import Mapping
 from enum import Enum
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
 from lit_dpo.base_model import load_tokenizer
@@ -86,7 +89,8 @@ class DPOModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, SchedulerType(lr_scheduler).value, warmup
         self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
-        self.strict_loading = False  # a checkpoint holds what trains; on_load_checkpoint checks the keys
+        self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
+        self._random_states: list[Any] | None = None
         self.save_hyperparameters(_plain_hyperparameters(self))
 
     # --- the algorithm ---------------------------------------------------------------------------------------------
@@ -152,8 +156,6 @@ class DPOModule(LightningModule):
                 f"trainer.precision={precision} is not supported: half '-true' precisions corrupt 4-bit weights and "
                 f"train the adapters in half precision. Use one of {', '.join(PRECISIONS)}."
             )
-        if precision == "16-mixed" and device.type == "cpu":
-            raise ValueError("trainer.precision=16-mixed needs a GPU: on a CPU it would silently be bf16-mixed.")
         self.build_policy(PRECISIONS[precision], device)
 
     def build_policy(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -182,7 +184,8 @@ class DPOModule(LightningModule):
             f"base in {weights}, {layout} layout."
         )
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
         return load_tokenizer(
             self.base, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -242,19 +245,28 @@ class DPOModule(LightningModule):
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint holds these very adapters."""
+        """Keeps the state of the random generators for ``on_train_start``."""
         self._random_states = checkpoint.get("random_states")
-        found, expected = set(checkpoint["state_dict"]), self._trainable_names()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what trains, the base being there already.
+
+        Raises:
+            ValueError: If the weights are not those of these very adapters, whatever ``strict``.
+        """
+        found, expected = set(state_dict), self._trainable_names()
         if found != expected:
             example = sorted(found ^ expected)[0]
             raise ValueError(
                 f"The checkpoint holds {len(found)} adapter weights; {len(found & expected)} of them fit the "
                 f"{len(expected)} of this model ({example} is on one side only). Were its model.lora settings others?"
             )
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
 
     def on_train_start(self) -> None:
         """Restores the random generators of a resumed run; checks that training mode is on."""
-        states = getattr(self, "_random_states", None)
+        states = self._random_states
         if states is not None and self.global_rank < len(states):
             _restore_random_state(states[self.global_rank])
         self._random_states = None

@@ -70,11 +70,12 @@ def tiny_policy(base: str, layout: Layout = "auto", **options: Any) -> Policy:
 
 
 def wake_adapters(model: torch.nn.Module, scale: float = 0.02) -> None:
-    """Gives the B matrices, which start at zero, values that depend on their names alone."""
-    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        if "lora_B.default" in name:
-            generator = torch.Generator().manual_seed(index)
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    """Gives adapters, whose B matrices start at zero, values that depend on the names of the matrices alone."""
+    adapters = sorted((name, p) for name, p in model.named_parameters() if ".default." in name)
+    for index, (name, parameter) in enumerate(adapters):
+        generator = torch.Generator().manual_seed(index)
+        size = scale if "lora_B" in name else parameter.shape[1] ** -0.5
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 def random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int = 300, seed: int = 0) -> list[TokenizedPair]:

@@ -32,7 +32,7 @@ class AdapterExport(Callback):
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
         folder = run_dir(trainer) / self.dirname
         if trainer.is_global_zero:
-            save_adapter(pl_module.policy, pl_module.load_tokenizer(), folder)
+            save_adapter(pl_module.policy, pl_module.tokenizer, folder)
 
 
 def save_adapter(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,17 +1,15 @@
 """PredictionWriter: implicit rewards of each pair as JSON lines."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.run_dir import run_dir
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes what ``predict`` gives, batch by batch, to ``predictions.jsonl``; one file a rank if there are several.
 
     Each line has ``source``, ``row``, ``reward_chosen``, ``reward_rejected`` and their ``margin``.
@@ -21,7 +19,6 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, filename: str = "predictions.jsonl") -> None:
-        super().__init__("batch")
         self.filename = filename
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,19 +31,18 @@ class PredictionWriter(BasePredictionWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("")
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Appends a line a pair."""
         with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in prediction)
+            file.writelines(json.dumps(row) + "\n" for row in outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says where the file is."""

@@ -27,7 +27,7 @@ class ComparisonSamples(Callback):
         if self.num_prompts > 0 and pairs is not None and trainer.is_global_zero:
             module: Any = pl_module
             prompts = [pairs.question(index) for index in range(min(self.num_prompts, len(pairs)))]
-            comparisons = compare(module.policy, module.load_tokenizer(), prompts, max_new_tokens=self.max_new_tokens)
+            comparisons = compare(module.policy, module.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
             print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)), flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "samples.md").write_text(markdown(comparisons))

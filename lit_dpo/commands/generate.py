@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig
 
-from lit_dpo.base_model import resolve_base
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
@@ -85,7 +84,7 @@ def generate(
     assert module.policy is not None
     comparisons = compare(
         module.policy,
-        module.load_tokenizer(),
+        module.tokenizer,
         questions,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -119,7 +118,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule) -> PairDataset:
     """The held-out pairs of ``source``, or else of the data that a checkpoint was trained on."""
-    tokenizer = resolve_base(module.base, module.gguf_file)
+    tokenizer = module.tokenizer
     if source is not None:
         datamodule = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)
     elif data.get("source") is not None:

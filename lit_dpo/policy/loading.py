@@ -1,11 +1,11 @@
 """Base weights, quantization, adapters ──► a PEFT model ready to train, with its initial policy within reach."""
 
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -79,7 +79,7 @@ def load_policy(
     Raises:
         ValueError: If the adapters would leave no initial policy to refer to.
     """
-    name = resolve_base(base, gguf_file)
+    name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -137,11 +137,6 @@ def _disable_repacking(model: nn.Module) -> None:
 
 def _check_base(adapter: str, base: str) -> None:
     """Warns if an adapter was trained on another base than the one that it is put on."""
-    config = Path(adapter) / "adapter_config.json"
-    if not config.exists():
-        return
-    trained_on = json.loads(config.read_text()).get("base_model_name_or_path")
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(base).name:
-        import warnings
-
         warnings.warn(f"The adapter {adapter} was trained on {trained_on}, but model.base is {base}.", stacklevel=2)

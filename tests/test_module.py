@@ -1,0 +1,196 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo.objectives import Sigmoid
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The number of training batches",
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:You requested to overfit",
+)
+
+
+def sgd(lr: float) -> Any:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def module(base: str, **options: Any) -> DPOModule:
+    seed_everything(3, verbose=False)
+    arguments = {"quantization": None, "optimizer": sgd(1.0), "lr_scheduler": "constant", "warmup": 0.0}
+    return DPOModule(base, **{**arguments, **options})
+
+
+def data(source: str, **options: Any) -> PreferenceDataModule:
+    return PreferenceDataModule(source, **{"val_size": 4, "batch_size": 4, **options})
+
+
+def fit(model: LightningModule, datamodule: PreferenceDataModule, **options: Any) -> Trainer:
+    trainer = Trainer(**{**QUIET, "accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, **options})
+    trainer.fit(model, datamodule)
+    return trainer
+
+
+class Losses(Callback):
+    """Keeps the loss of each batch."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self.values.append(float(arguments[1]["loss"]))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", BitsAndBytesConfig(load_in_8bit=True)])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_the_first_loss_is_ln_2(tiny_base: str, pairs_file: str, quantization: Any) -> None:
+    losses = Losses()
+    fit(module(tiny_base, quantization=quantization), data(pairs_file), callbacks=[losses], limit_train_batches=1)
+    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_reference_is_bit_identical_after_training(tiny_base: str, pairs_file: str) -> None:
+    model, datamodule = module(tiny_base, quantization="nf4"), data(pairs_file)
+    model.build_policy(torch.float32, torch.device("cpu"))
+    datamodule.tokenizer = model.tokenizer
+    datamodule.setup("fit")
+    assert datamodule.val_pairs is not None
+    batch = datamodule.val_pairs[[0, 1, 2]]
+    reference, policy = model.reference.logps(batch), model.policy.logps(batch)
+    fit(model, datamodule)
+    for before, after in zip(reference, model.reference.logps(batch), strict=True):
+        assert torch.equal(before, after)
+    assert (model.policy.logps(batch).chosen - policy.chosen).abs().max() > 1e-3, "the policy has moved"
+
+
+def test_every_adapter_trains_after_the_sanity_check(tiny_base: str, pairs_file: str) -> None:
+    model = module(tiny_base, quantization="nf4", optimizer=sgd(0.1))
+    fit(model, data(pairs_file), num_sanity_val_steps=-1, limit_train_batches=2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+            if "lora_B" in name:
+                assert parameter.abs().sum() > 0, f"{name} is still zero"
+
+
+def adapters(model: DPOModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_accumulation_equals_one_large_batch_and_a_short_last_window_weighs_right(
+    tiny_base: str, pairs_file: str
+) -> None:
+    """16 pairs: batches of 2, accumulated by 3, make windows of 6, 6 and 4 pairs."""
+    accumulated = module(tiny_base)
+    fit(accumulated, data(pairs_file, batch_size=2, shuffle=False), accumulate_grad_batches=3)
+
+    # The same by hand: one gradient step on the mean over each window.
+    plain, datamodule = module(tiny_base), data(pairs_file, shuffle=False)
+    plain.build_policy(torch.float32, torch.device("cpu"))
+    datamodule.tokenizer = plain.tokenizer
+    datamodule.setup("fit")
+    assert datamodule.train_pairs is not None
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1.0)
+    for start, end in ((0, 6), (6, 12), (12, 16)):
+        batch = datamodule.train_pairs[list(range(start, end))]
+        optimizer.zero_grad()
+        plain.objective(plain.policy.logps(batch), plain.reference.logps(batch)).mean().backward()
+        optimizer.step()
+    assert_close(adapters(accumulated), adapters(plain))
+
+
+def test_settings_that_must_not_matter_give_the_same_adapters(tiny_base: str, pairs_file: str) -> None:
+    runs = []
+    for options in ({}, {"gradient_checkpointing": True}, {"layout": "padded"}):
+        model = module(tiny_base, **options)
+        fit(model, data(pairs_file))
+        runs.append(adapters(model))
+    assert_close(runs[0], runs[1])
+    assert_close(runs[0], runs[2])
+
+
+def test_metrics_carry_the_fields_names(tiny_base: str, pairs_file: str) -> None:
+    trainer = fit(module(tiny_base), data(pairs_file))
+    names = (
+        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected".split()
+    )
+    assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
+def test_other_precisions_are_refused(tiny_base: str, pairs_file: str, precision: Any) -> None:
+    with pytest.raises(ValueError, match=f"trainer.precision={precision} is not supported"):
+        fit(module(tiny_base), data(pairs_file), precision=precision)
+
+
+def test_bfloat16_trains_with_float32_adapters(tiny_base: str, pairs_file: str) -> None:
+    model = module(tiny_base, quantization="nf4")
+    losses = Losses()
+    fit(model, data(pairs_file), precision="bf16-mixed", callbacks=[losses])
+    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert {p.dtype for p in adapters(model).values()} == {torch.float32}
+    assert model.model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_holds_what_trains_as_plain_values(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+    model = module(
+        tiny_base, quantization="nf4", lora=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    trainer = fit(model, data(pairs_file))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(adapters(model))
+
+    loaded = DPOModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert_close(adapters(loaded), adapters(model))
+    assert loaded.lora.r == 2
+    assert loaded.quantization.bnb_4bit_quant_type == "nf4"
+    assert repr(loaded.objective) == repr(Sigmoid())
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    fit(module(tiny_base, lora=lora), data(pairs_file)).save_checkpoint(tmp_path / "x.ckpt")
+    trainer = Trainer(**QUIET, accelerator="cpu", max_epochs=2)
+    with pytest.raises(ValueError, match="of them fit the 28 of this model"):
+        trainer.fit(module(tiny_base), data(pairs_file), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+
+
+def test_arguments_that_contradict_are_refused(tiny_base: str) -> None:
+    with pytest.raises(ValueError, match=r"leave model\.lora out"):
+        module(tiny_base, adapter="somewhere", lora=LoraConfig(r=3))
+    with pytest.raises(ValueError, match=r"model\.warmup"):
+        module(tiny_base, warmup=10)
+    with pytest.raises(ValueError, match="excludes val_source"):
+        PreferenceDataModule("x", val_source="y", val_size=3)
+
+
+def test_going_on_from_an_adapter_starts_at_ln_2(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+    first = module(tiny_base)
+    fit(first, data(pairs_file))
+    first.model.save_pretrained(str(tmp_path / "adapter"))
+    losses = Losses()
+    second = module(tiny_base, adapter=str(tmp_path / "adapter"))
+    fit(second, data(pairs_file), callbacks=[losses])
+    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.values[-1] != losses.values[0]
+
+
+def test_the_learning_rate_rises_and_falls_over_the_whole_run(tiny_base: str, pairs_file: str) -> None:
+    model = module(tiny_base, lr_scheduler="linear", warmup=0.25)
+    trainer = fit(model, data(pairs_file, batch_size=2), max_epochs=1)
+    assert trainer.global_step == 8
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
