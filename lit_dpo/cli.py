@@ -89,6 +89,7 @@ class DPOCLI(LightningCLI):
                 "best.monitor": "val/loss",
                 "best.filename": "best-step{step}",
                 "best.auto_insert_metric_name": False,
+                "best.save_on_train_epoch_end": False,  # at an evaluation, when there is a val/loss
                 "trainer.enable_model_summary": False,  # it counts packed 4-bit weights; the module tells its own
                 # The whole held-out set, so that its numbers before the first step are known.
                 "trainer.num_sanity_val_steps": -1,
@@ -110,6 +111,7 @@ class DPOCLI(LightningCLI):
                 command.add_function_arguments(generate)
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
+                command.set_defaults({"weights_only": True})  # a checkpoint may not bring code
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)
 

@@ -3,6 +3,7 @@
 import inspect
 import random
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -137,7 +138,8 @@ class DPOModule(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("The learning rate's course needs an end: set trainer.max_epochs or trainer.max_steps.")
-        scheduler = get_scheduler(self.lr_scheduler, optimizer, round(self.warmup * total), int(total))
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        scheduler = get_scheduler(name, optimizer, round(self.warmup * total), int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- building --------------------------------------------------------------------------------------------------
@@ -324,6 +326,11 @@ def _plain_fields(config: Any, default: Any, skip: tuple[str, ...] = ()) -> dict
     for name in inspect.signature(type(config).__init__).parameters:
         value = getattr(config, name, None)
         if name not in skip and value != getattr(default, name, None):
-            value = value.value if isinstance(value, Enum) else value
-            plain[name] = sorted(value) if isinstance(value, set) else value
+            if isinstance(value, Enum):
+                value = value.value
+            elif isinstance(value, set):
+                value = sorted(value)
+            elif is_dataclass(value) and not isinstance(value, type):
+                value = asdict(value)
+            plain[name] = value
     return plain

@@ -138,7 +138,7 @@ def test_generate_from_a_checkpoint_and_from_an_adapter(tiny: list[str], capfd: 
             "--held_out",
             "2",
             "--prompt",
-            '["the cat?"]',
+            "the cat?",
             *short,
         ]
     )
@@ -192,7 +192,7 @@ def test_bad_values_name_key_and_remedy(tiny: list[str]) -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true is not supported"):
         main(["fit", *tiny, "--trainer.precision", "bf16-true"])
     with pytest.raises(ValueError, match="needs either --ckpt_path CHECKPOINT or --adapter FOLDER"):
-        main(["generate", "--prompt", '["x"]'])
+        main(["generate", "--prompt", "x"])
 
 
 def test_callbacks_and_loggers_by_class_path(tiny: list[str]) -> None:

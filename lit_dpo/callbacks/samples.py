@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_dpo.callbacks.run_dir import run_dir
-from lit_dpo.policy.generation import compare, markdown, side_by_side
+from lit_dpo.policy.generation import Prompt, compare, markdown, side_by_side
 
 
 class ComparisonSamples(Callback):
@@ -26,7 +26,7 @@ class ComparisonSamples(Callback):
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         if self.num_prompts > 0 and pairs is not None and trainer.is_global_zero:
             module: Any = pl_module
-            prompts = [pairs.question(index) for index in range(min(self.num_prompts, len(pairs)))]
+            prompts = [Prompt(*pairs.prompt(index)) for index in range(min(self.num_prompts, len(pairs)))]
             comparisons = compare(module.policy, module.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
             print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)), flush=True)
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,14 @@ from transformers import BitsAndBytesConfig
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
-from lit_dpo.policy.generation import Comparison, compare, markdown, side_by_side
+from lit_dpo.policy.generation import Comparison, Prompt, compare, markdown, side_by_side, user_prompt
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
 
 
 def generate(
     ckpt_path: str | None = None,
     adapter: str | None = None,
-    prompt: list[str] | None = None,
+    prompt: list[str] | str | None = None,
     prompts: str | None = None,
     held_out: int = 0,
     source: str | None = None,
@@ -37,7 +37,7 @@ def generate(
     Args:
         ckpt_path: Checkpoint of a run; model and held-out data are taken from it.
         adapter: Folder of an exported adapter, instead of a checkpoint.
-        prompt: Prompts given here.
+        prompt: Prompt given here, or a list of them.
         prompts: File of prompts: one a line, or JSON lines with a ``prompt``.
         held_out: Number of held-out prompts to answer, of the checkpoint's data or of ``source``.
         source: Where held-out prompts come from: as data.source.
@@ -74,14 +74,14 @@ def generate(
         module.configure_model()
         module.model.delete_adapter(REFERENCE_ADAPTER)  # to be compared with the bare base
 
-    questions = list(prompt or [])
+    texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts is not None:
-        questions += _read_prompts(Path(prompts))
+        texts += _read_prompts(Path(prompts))
+    questions = [user_prompt(text, module.tokenizer) for text in texts]
     if held_out:
         pairs = _held_out_pairs(data, source, module)
-        questions += [pairs.question(index) for index in range(min(held_out, len(pairs)))]
+        questions += [Prompt(*pairs.prompt(index)) for index in range(min(held_out, len(pairs)))]
 
-    assert module.policy is not None
     comparisons = compare(
         module.policy,
         module.tokenizer,

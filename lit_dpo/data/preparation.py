@@ -53,9 +53,10 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         row = self.columns[self.indices[index]]
         return TokenizedPair(row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
 
-    def question(self, index: int) -> str:
-        """The last user turn of one pair's prompt, as it was written."""
-        return str(self.columns[self.indices[index]]["question"])
+    def prompt(self, index: int) -> tuple[str, list[int]]:
+        """The last user turn of one pair's prompt, as it was written, and the token ids of the whole prompt."""
+        row = self.columns[self.indices[index]]
+        return row["question"], row["prompt"]
 
     def carve(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
         """Splits off ``size`` pairs (a share if below 1), never parting the pairs of one prompt.

@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_dpo.policy.policy import Policy
+
+
+class Prompt(NamedTuple):
+    """What is answered: as people read it, and as token ids up to where the answer begins."""
+
+    text: str
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -18,19 +26,18 @@ class Comparison:
     aligned: str
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one user message up to where the answer begins."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+def user_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of one user message."""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return Prompt(text, tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def compare(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -41,7 +48,7 @@ def compare(
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        prompts: User messages.
+        prompts: What to answer.
         max_new_tokens: Most tokens of an answer; one that is cut ends in an ellipsis.
         temperature: 0 for greedy decoding.
         batch_size: Prompts that are answered together.
@@ -52,11 +59,12 @@ def compare(
     try:
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
-            ids = [encode_prompt(prompt, tokenizer) for prompt in chunk]
+            ids = [prompt.ids for prompt in chunk]
             with policy.initial():
                 base = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
             aligned = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
-            comparisons += [Comparison(*row) for row in zip(chunk, base, aligned, strict=True)]
+            texts = (prompt.text for prompt in chunk)
+            comparisons += [Comparison(*row) for row in zip(texts, base, aligned, strict=True)]
     finally:
         policy.train(was_training)
     return comparisons

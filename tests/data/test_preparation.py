@@ -29,7 +29,7 @@ def test_what_is_left_out_is_counted_with_its_first_row() -> None:
     ]
     assert [pairs.pair(index).row for index in range(len(pairs))] == [0, 3]
     assert pairs.pair(1).source == "file.jsonl"
-    assert pairs.question(1) == "p3"
+    assert pairs.prompt(1) == ("p3", pairs.pair(1).prompt)
     assert pairs[[0, 1]].origins == (("file.jsonl", 0), ("file.jsonl", 3))
 
 
@@ -79,7 +79,7 @@ def test_carving_keeps_the_pairs_of_a_prompt_together() -> None:
     pairs, _ = prepare_pairs(Dataset.from_list(twice), "x", TOKENIZER, Truncation())
     train, held_out = pairs.carve(0.25, seed=3)
     assert (len(train), len(held_out)) == (30, 10)
-    assert not {train.question(i) for i in range(30)} & {held_out.question(i) for i in range(10)}
+    assert not {train.prompt(i)[0] for i in range(30)} & {held_out.prompt(i)[0] for i in range(10)}
     assert list(pairs.carve(0.25, seed=3)[1].indices) == list(held_out.indices)
     assert list(pairs.carve(0.25, seed=4)[1].indices) != list(held_out.indices)
     assert len(pairs.carve(4, seed=3)[1]) == 4
