@@ -18,6 +18,14 @@ from transformers.utils import logging as transformers_logging
 PACKAGE_PREFIX = "package:"
 
 
+class BaseModelError(OSError):
+    """The base model can be found neither on this machine nor on the hub."""
+
+    def __init__(self, base: str, error: Exception) -> None:
+        cause = " ".join(str(error).split())
+        super().__init__(f"model.base={base} cannot be loaded: {cause:.300}")
+
+
 def cache_dir() -> Path:
     """Where converted models and tokenized data are kept: ``$LIT_DPO_CACHE``, by default ``~/.cache/lit_dpo``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lit_dpo"
@@ -59,12 +67,17 @@ def resolve_base(base: str, gguf_file: str | None = None, revision: str | None =
         ValueError: If a folder holds several GGUF files and no other weights.
     """
     path = Path(locate(base)).expanduser()
-    if gguf_file is not None and not path.exists():
-        from huggingface_hub import hf_hub_download
+    if gguf_file is not None:
+        if path.suffix == ".gguf":
+            raise ValueError(f"model.base={base} is a GGUF file already: leave model.gguf_file out.")
+        if not path.is_dir():
+            from huggingface_hub import hf_hub_download
 
-        return str(_converted(Path(hf_hub_download(base, gguf_file, revision=revision))))
+            path = Path(hf_hub_download(base, gguf_file, revision=revision))
+        else:
+            path = path / gguf_file
     if path.is_dir() and not (path / "config.json").exists():
-        files = [path / gguf_file] if gguf_file else sorted(path.glob("*.gguf"))
+        files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"model.base={base} holds several GGUF files ({names}): name one of them.")
@@ -90,9 +103,14 @@ def load_tokenizer(
     Raises:
         ValueError: If it has no chat template.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        resolve_base(base, gguf_file, revision), revision=revision, trust_remote_code=trust_remote_code
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve_base(base, gguf_file, revision), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BaseModelError(base, error) from error
     if not tokenizer.chat_template:
         raise ValueError(
             f"The tokenizer of {base} has no chat template, so prompts and responses cannot be told apart. "

@@ -16,14 +16,16 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, LastCheckpoint, PredictionWriter, RunSummary
+from lit_dpo.callbacks.run_dir import run_dir
 from lit_dpo.commands import DESCRIPTIONS
 from lit_dpo.commands.generate import generate
 from lit_dpo.datamodule import PreferenceDataModule
@@ -31,6 +33,7 @@ from lit_dpo.module import DPOModule
 from lit_dpo.policy.loading import LORA, precision_for
 
 GENERATE = "generate"
+LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")  # names that the Trainer resolves itself
 
 
 class Parser(LightningArgumentParser):
@@ -48,8 +51,15 @@ class SaveFitConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Saves into the run's folder."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.already_saved:
+            return
+        path = run_dir(trainer) / self.config_filename
+        if trainer.is_global_zero:
+            if path.exists():
+                raise ValueError(f"{path} is another run's: choose another folder or version for the logger.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False)
+        self.already_saved = True
 
 
 class DPOCLI(LightningCLI):
@@ -117,16 +127,22 @@ class DPOCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Takes the model's arguments from a checkpoint, but for those given on the command line or in a file."""
-        config = self.config[self.config.subcommand]
-        if self.config.subcommand == GENERATE or not config.get("ckpt_path") or not Path(config.ckpt_path).is_file():
+        command = self.config.subcommand
+        config = self.config[command]
+        path = config.get("ckpt_path")
+        if command == GENERATE or not path or path in LIGHTNING_CHECKPOINTS:
             return
-        checkpoint = torch.load(config.ckpt_path, weights_only=True, map_location="cpu", mmap=True)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         stored = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
+        as_stored = self.parser.parse_object({command: {"model": stored}}, self.config)[command].model
         given = {key: _value(config.model, key) for key in _given_model_keys(self._args, config.get("config") or [])}
-        hyper_parameters, overridden = override(stored, given)
-        for key, (was, now) in overridden.items():
-            rank_zero_warn(f"model.{key} is {now!r}, as given; the checkpoint stored {was!r}.")
-        self.config = self.parser.parse_object({self.config.subcommand: {"model": hyper_parameters}}, self.config)
+        for key, value in given.items():
+            was = _value(as_stored, key)
+            if _comparable(was) != _comparable(value):
+                rank_zero_warn(f"model.{key} is {value!r}, as given; the checkpoint stored {was!r}.")
+        self.config = self.parser.parse_object({command: {"model": override(stored, given)}}, self.config)
 
     def _set_seed(self) -> None:
         if self.subcommand != GENERATE:
@@ -156,11 +172,17 @@ class DPOCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if config.trainer.logger in (None, True):
             kwargs["logger"] = default_loggers(config.run_name)
+        elif config.trainer.logger is False and config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = CSVLogger("runs", name=config.run_name).log_dir
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        left_out: tuple[type[Callback], ...] = ()
+        if config.get("enable_checkpointing") is False:
+            left_out = (Checkpoint,)
+        if config.get("fast_dev_run"):
+            left_out = (Checkpoint, AdapterExport, ComparisonSamples)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -168,6 +190,17 @@ class DPOCLI(LightningCLI):
             generate(**{key: value for key, value in self.config_init[GENERATE].items() if key != "config"})
         else:
             super()._run_subcommand(subcommand)
+
+
+OPTIONS: dict[str, Any] = {
+    "model_class": DPOModule,
+    "datamodule_class": PreferenceDataModule,
+    "save_config_callback": SaveFitConfig,
+    "seed_everything_default": 42,
+    "parser_class": Parser,
+    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False},
+    "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
+}
 
 
 def default_loggers(name: str) -> list[Logger]:
@@ -192,7 +225,7 @@ def quiet_libraries() -> None:
     )
 
 
-def override(stored: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+def override(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Puts given values in the place of stored ones.
 
     Args:
@@ -200,20 +233,21 @@ def override(stored: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, A
         given: Values by dotted key, ``init_args`` left out: ``objective.beta``. A class given anew brings all its own.
 
     Returns:
-        The hyper-parameters, without those that are given whole, and what was overridden: stored and given value.
+        The hyper-parameters, without those that are given whole.
     """
-    result, overridden = copy.deepcopy(stored), {}
+    result = copy.deepcopy(stored)
     for key, value in given.items():
         name, _, rest = key.partition(".")
-        was = _value(stored, key)
-        if rest in ("", "class_path") or f"{name}.class_path" in given or not isinstance(stored.get(name), dict):
+        if rest in ("", "class_path") or f"{name}.class_path" in given or not isinstance(result.get(name), dict):
             result.pop(name, None)
         else:
-            fields = result[name].get("init_args", result[name])
-            fields[rest] = value
-        if name in stored and was != value and not (rest == "class_path" and str(was).endswith(f".{value}")):
-            overridden[key] = (was, value)
-    return result, overridden
+            result[name].get("init_args", result[name])[rest] = value
+    return result
+
+
+def _comparable(value: Any) -> Any:
+    """A value whose equality means the same setting: the order of target modules, say, does not matter."""
+    return sorted(map(str, value)) if isinstance(value, list | tuple | set) else value
 
 
 def _value(config: Any, key: str) -> Any:
@@ -263,18 +297,21 @@ def main(args: list[str] | None = None) -> None:
     """
     quiet_libraries()
     try:
-        DPOCLI(
-            args=args,
-            model_class=DPOModule,
-            datamodule_class=PreferenceDataModule,
-            save_config_callback=SaveFitConfig,
-            seed_everything_default=42,
-            parser_class=Parser,
-            parser_kwargs={"prog": "lit_dpo", "allow_abbrev": False},
-            auto_configure_optimizers=False,  # the module's own optimizer and schedule
-        )
-    except (ValueError, OSError) as error:
-        if args is not None:
+        DPOCLI(args, **OPTIONS)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if args is not None or not _is_the_users(error):
             raise
-        rank_zero_only(sys.stderr.write)(f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+
+
+def _is_the_users(error: BaseException) -> bool:
+    """Whether an error was raised here, or by Lightning's checks, and so tells the user what to do."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_here = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return raised_here or isinstance(error, MisconfigurationException)

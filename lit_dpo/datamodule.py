@@ -1,5 +1,6 @@
 """PreferenceDataModule, the ``LightningDataModule``: preference pairs from any source to batches on every rank."""
 
+import signal
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class PreferenceDataModule(LightningDataModule):
         self.train_pairs: PairDataset | None = None
         self.val_pairs: PairDataset | None = None
         self._resume_at = (-1, 0)
+        self._stored_order: dict[str, int | bool] | None = None
         # Plain values only: a checkpoint with objects in it could not be loaded with weights_only=True.
         names = ("source", "val_source", "tokenizer")
         self.save_hyperparameters(ignore=[n for n in names if not isinstance(getattr(self, n), str | None)])
@@ -100,6 +102,18 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of ``batch_size`` pairs, in the order of (seed, epoch), from where a checkpoint left off."""
         assert self.train_pairs is not None
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError(
+                "trainer.overfit_batches would replace the sampler. To see the same batches again and again, set "
+                "trainer.limit_train_batches and data.shuffle=false."
+            )
+        if self._stored_order is not None and self._stored_order != self._order():
+            differing = ", ".join(
+                f"{key} was {value} and is {self._order()[key]}"
+                for key, value in self._stored_order.items()
+                if value != self._order()[key]
+            )
+            raise ValueError(f"The checkpoint's place in the training data has no meaning here: {differing}.")
         sampler = PairSampler(
             self.train_pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self._ranks()
         )
@@ -125,13 +139,25 @@ class PreferenceDataModule(LightningDataModule):
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
         return {
+            **self._order(),
             "epoch": loop.epoch_progress.current.processed,
             "batches": loop.epoch_loop.batch_progress.current.processed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a place in the training data."""
+        self._stored_order = {key: value for key, value in state_dict.items() if key not in ("epoch", "batches")}
         self._resume_at = (state_dict["epoch"], state_dict["batches"])
+
+    def _order(self) -> dict[str, int | bool]:
+        """What the order of the training pairs depends on."""
+        assert self.train_pairs is not None
+        return {
+            "number of pairs": len(self.train_pairs),
+            "pairs in a batch over all processes": self.batch_size * self._ranks()["num_replicas"],
+            "data.seed": self.seed,
+            "data.shuffle": self.shuffle,
+        }
 
     def _load(self, trains: bool) -> list[str]:
         """Loads the held-out pairs, and those to train on if asked; tells, a line a reason, what was left out."""
@@ -179,8 +205,14 @@ class PreferenceDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=_ignore_interrupts if self.num_workers else None,
             persistent_workers=self.num_workers > 0,
             # An iterator draws a seed: from the global generator it would shift the dropout of a resumed run.
             generator=torch.Generator().manual_seed(self.seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leaves Ctrl-C to the training process, which still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

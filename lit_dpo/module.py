@@ -1,5 +1,6 @@
 """DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
 
+import copy
 import inspect
 import random
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, SchedulerType, get_scheduler
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, get_scheduler
 
 from lit_dpo.base_model import load_tokenizer
 from lit_dpo.data.batch import PairBatch
@@ -27,6 +28,7 @@ from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import InitialPolicy
 
 Prediction: TypeAlias = dict[str, Any]
+LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
 # Trainer.precision ──► type of the base weights that are not quantized, and of 4-bit matrix products
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -42,7 +44,7 @@ class DPOModule(LightningModule):
         lora: PEFT's ``LoraConfig`` of the adapters; by default rank 16 on all linear layers but the head.
         adapter: Folder or hub id of an adapter to go on from; a frozen copy of it is then the reference.
         optimizer: Any torch optimizer.
-        lr_scheduler: Course of the learning rate after warm-up, by transformers' name: linear, cosine, constant, ...
+        lr_scheduler: Course of the learning rate after warm-up, by transformers' names.
         warmup: Share of the optimizer steps over which the learning rate rises from 0.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
@@ -69,7 +71,7 @@ class DPOModule(LightningModule):
         lora: LoraConfig | None = None,
         adapter: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
-        lr_scheduler: str = "linear",
+        lr_scheduler: LRCourse = "linear",
         warmup: float = 0.1,
         gradient_checkpointing: bool = False,
         layout: Layout = "auto",
@@ -87,12 +89,12 @@ class DPOModule(LightningModule):
         self.objective = Sigmoid() if objective is None else objective
         self.quantization = BitsAndBytesConfig(**NF4) if quantization == "nf4" else quantization
         self.lora, self.adapter = lora, adapter
-        self.optimizer, self.lr_scheduler, self.warmup = optimizer, SchedulerType(lr_scheduler).value, warmup
+        self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
         self._random_states: list[Any] | None = None
-        self.save_hyperparameters(_plain_hyperparameters(self))
+        self.save_hyperparameters(_plain_hyperparameters(self, quantization))
 
     # --- the algorithm ---------------------------------------------------------------------------------------------
 
@@ -162,11 +164,12 @@ class DPOModule(LightningModule):
 
     def build_policy(self, dtype: torch.dtype, device: torch.device) -> None:
         """Loads base and adapters, with base weights and matrix products in ``dtype``."""
-        if self.quantization is not None and self.quantization.load_in_4bit:
-            self.quantization.bnb_4bit_compute_dtype = dtype
+        quantization = copy.deepcopy(self.quantization)
+        if quantization is not None and quantization.bnb_4bit_compute_dtype == torch.float32:  # unless chosen otherwise
+            quantization.bnb_4bit_compute_dtype = dtype
         model = load_policy(
             self.base,
-            quantization=self.quantization,
+            quantization=quantization,
             lora=self.lora,
             adapter=self.adapter,
             dtype=dtype,
@@ -217,9 +220,9 @@ class DPOModule(LightningModule):
         """Logs the means over all held-out pairs; those before the first step too."""
         values = self._log_means("val", self.eval_metrics)
         complete = self.trainer.num_sanity_val_batches == self.trainer.num_val_batches
-        if self.trainer.sanity_checking and complete and self.logger is not None:
-            # Lightning throws away what a sanity check logs.
-            self.logger.log_metrics(values, step=self.global_step)
+        if self.trainer.sanity_checking and complete:
+            for logger in self.loggers:  # Lightning throws away what a sanity check logs
+                logger.log_metrics(values, step=self.global_step)
 
     def on_test_epoch_end(self) -> None:
         """Logs the means over all test pairs."""
@@ -245,10 +248,15 @@ class DPOModule(LightningModule):
             states = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
         checkpoint["random_states"] = states
+        if self.trainer.optimizers:
+            checkpoint["hyper_parameters"]["optimizer"] = _plain_optimizer(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the state of the random generators for ``on_train_start``."""
         self._random_states = checkpoint.get("random_states")
+        if self._trainer is None:  # Lightning then moves the module to where the checkpoint's tensors are
+            device = self.model.device
+            checkpoint["state_dict"] = {name: value.to(device) for name, value in checkpoint["state_dict"].items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads what trains, the base being there already.
@@ -267,12 +275,15 @@ class DPOModule(LightningModule):
         return _IncompatibleKeys([], [])
 
     def on_train_start(self) -> None:
-        """Restores the random generators of a resumed run; checks that training mode is on."""
-        states = self._random_states
-        if states is not None and self.global_rank < len(states):
-            _restore_random_state(states[self.global_rank])
-        self._random_states = None
+        """Goes on from a checkpoint with its random generators, but with this run's optimizer settings."""
         self.train()
+        if self._random_states is None:
+            return
+        if self.global_rank < len(self._random_states):
+            _restore_random_state(self._random_states[self.global_rank])
+        self._random_states = None
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            _apply_settings(optimizer, config.scheduler)
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -299,37 +310,71 @@ def _restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _plain_hyperparameters(module: DPOModule) -> dict[str, Any]:
+def _apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Puts the settings that an optimizer was built with in the place of those that a checkpoint brought."""
+    for index, group in enumerate(optimizer.param_groups):
+        for name, value in optimizer.defaults.items():
+            if name != "lr":
+                group[name] = value
+            elif scheduler.base_lrs[index] != value:
+                group["lr"] *= value / scheduler.base_lrs[index]
+                group["initial_lr"] = scheduler.base_lrs[index] = value
+
+
+def _plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class and settings of an optimizer as plain values."""
+    settings: dict[str, Any] = {}
+    for name in inspect.signature(type(optimizer).__init__).parameters:
+        value = optimizer.defaults.get(name)
+        if isinstance(value, bool | int | float | str):
+            settings[name] = value
+        elif isinstance(value, tuple):
+            settings[name] = [float(item) for item in value]
+    return {"class_path": _path(type(optimizer)), "init_args": settings}
+
+
+def _plain_hyperparameters(module: DPOModule, quantization: Any) -> dict[str, Any]:
     """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``.
 
-    All but the optimizer, a function: it matters to ``fit`` alone, which is given it anew.
+    All but the optimizer, a function, whose settings are known once it is built.
     """
     names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
     objective = type(module.objective)
+    parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]
+    lost = [name for name in parameters if not hasattr(module.objective, name)]
+    if lost:
+        raise ValueError(f"{objective.__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
+    if isinstance(quantization, BitsAndBytesConfig):
+        quantization = _plain_fields(quantization, BitsAndBytesConfig())
     return {
         **{name: getattr(module, name) for name in (*names, "trust_remote_code")},
         "objective": {
-            "class_path": f"{objective.__module__}.{objective.__qualname__}",
-            "init_args": dict(vars(module.objective)),
+            "class_path": _path(objective),
+            "init_args": {name: getattr(module.objective, name) for name in parameters},
         },
-        "lora": _plain_fields(module.lora, LoraConfig()),
-        "quantization": None
-        if module.quantization is None
-        else _plain_fields(module.quantization, BitsAndBytesConfig(), skip=("bnb_4bit_compute_dtype",)),
+        "lora": _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
+        "quantization": quantization,
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
     }
 
 
-def _plain_fields(config: Any, default: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The constructor's arguments that differ from their defaults, as plain values."""
+def _path(cls: type) -> str:
+    """The dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _plain_fields(config: Any, default: Any, always: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The constructor's arguments that differ from their defaults, and those named, as plain values."""
     plain = {}
     for name in inspect.signature(type(config).__init__).parameters:
         value = getattr(config, name, None)
-        if name not in skip and value != getattr(default, name, None):
+        if name in always or value != getattr(default, name, None):
             if isinstance(value, Enum):
                 value = value.value
             elif isinstance(value, set):
                 value = sorted(value)
+            elif isinstance(value, torch.dtype):
+                value = str(value).removeprefix("torch.")
             elif is_dataclass(value) and not isinstance(value, type):
                 value = asdict(value)
             plain[name] = value

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lit_dpo.cli import main
-from tests.conftest import EMBEDDED, REPOSITORY
+from tests.conftest import REPOSITORY
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 pytestmark = pytest.mark.filterwarnings(
@@ -37,7 +37,7 @@ def tiny(tiny_base: str, pairs_file: str) -> list[str]:
     return [
         *("--model.base", tiny_base, "--model.quantization", "null", "--model.optimizer.lr", "0.01"),
         *("--data.source", pairs_file, "--data.val_size", "4", "--data.batch_size", "4"),
-        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"),
         *("--samples.num_prompts", "2", "--samples.max_new_tokens", "4"),
     ]
 
@@ -96,7 +96,6 @@ def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pyte
     main(["fit", *tiny])
     saved = Path("runs/dpo/version_0/config.yaml").read_text()
     checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
-    rest = [argument for argument in tiny if not argument.startswith("--samples")]
     main(["validate", *tiny, *checkpoint])
     main(["test", *tiny, *checkpoint])
     assert "test/rewards/accuracies" in capfd.readouterr().out
@@ -109,7 +108,6 @@ def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pyte
     assert sum(line["margin"] for line in lines) / 4 == pytest.approx(final["val/rewards/margins"], rel=1e-4)
     assert Path("runs/dpo/version_0/config.yaml").read_text() == saved
     assert not list(Path("runs/dpo").glob("version_[123]/config.yaml"))
-    assert rest
 
 
 def test_the_command_line_beats_the_checkpoint(tiny: list[str]) -> None:
@@ -123,6 +121,59 @@ def test_the_command_line_beats_the_checkpoint(tiny: list[str]) -> None:
     main(["fit", *tiny, *checkpoint, "--trainer.max_epochs", "2"])
     config = yaml.safe_load(Path("runs/dpo/version_2/config.yaml").read_text())
     assert config["model"]["objective"]["init_args"]["beta"] == 0.5, "what is not given comes from the checkpoint"
+
+
+def test_the_same_configuration_overrides_nothing(tiny: list[str], recwarn: pytest.WarningsRecorder) -> None:
+    main(["fit", *tiny, "--model.quantization", "nf4"])
+    run = "runs/dpo/version_0"
+    checkpoint = ["--ckpt_path", f"{run}/checkpoints/last.ckpt"]
+    main(["fit", "--config", f"{run}/config.yaml", *checkpoint, "--trainer.max_epochs", "2"])
+    assert not [warning for warning in recwarn if "as given" in str(warning.message)]
+
+
+def learning_rates(version: int) -> list[float]:
+    return [row["lr-AdamW"] for row in metrics(Path(f"runs/dpo/version_{version}")) if "lr-AdamW" in row]
+
+
+def test_the_optimizers_settings_follow_the_same_rule(tiny: list[str]) -> None:
+    constant = [
+        *(*tiny, "--model.lr_scheduler", "constant", "--model.warmup", "0"),
+        "--trainer.callbacks+=LearningRateMonitor",
+    ]
+    main(["fit", *constant])
+    rate = constant.index("--model.optimizer.lr")
+    silent = constant[:rate] + constant[rate + 2 :]
+    again = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]
+    main(["fit", *silent, *again])
+    assert learning_rates(1) == [0.01] * 4, "not given: from the checkpoint"
+    with pytest.warns(UserWarning, match=r"model\.optimizer\.lr is 0\.002, as given; .* stored 0\.01"):
+        main(["fit", *silent, *again, "--model.optimizer.lr", "0.002"])
+    assert learning_rates(2) == [0.002] * 4
+
+
+def test_a_checkpoint_that_is_not_there_is_noticed_first(tiny: list[str]) -> None:
+    with pytest.raises(FileNotFoundError, match="--ckpt_path nowhere.ckpt"):
+        main(["fit", *tiny, "--ckpt_path", "nowhere.ckpt"])
+
+
+def test_a_place_in_other_data_is_refused(tiny: list[str]) -> None:
+    main(["fit", *tiny])
+    arguments = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt", "--data.batch_size", "2"]
+    with pytest.raises(ValueError, match="pairs in a batch over all processes was 4 and is 2"):
+        main(["fit", *tiny, *arguments, "--trainer.max_epochs", "2"])
+
+
+def test_without_a_logger_and_for_a_dry_run(tiny: list[str]) -> None:
+    for _ in range(2):
+        main(["fit", *tiny, "--trainer.logger", "false"])
+    assert Path("runs/dpo/version_1/adapter").exists()
+    main(["fit", *tiny, "--trainer.fast_dev_run", "true"])
+    assert {path.name for path in Path().iterdir()} == {"runs"}
+
+
+def test_overfit_batches_is_refused_with_the_way_to_do_it(tiny: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"limit_train_batches and data\.shuffle=false"):
+        main(["fit", *tiny, "--trainer.overfit_batches", "2"])
 
 
 def test_generate_from_a_checkpoint_and_from_an_adapter(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +280,15 @@ def test_the_quickstart_shortened(embedded_base: str) -> None:
     assert (folder / "checkpoints/last.ckpt").stat().st_size < 80e6, "adapters and optimizer, never the base"
 
 
+@pytest.mark.slow
+def test_the_quickstart_teaches_what_it_promises(capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    main(["fit", "--config", QUICKSTART])
+    assert time.perf_counter() - start < 300
+    held_out = [row for row in metrics(Path("runs/quickstart/version_0")) if "val/loss" in row]
+    assert held_out[-1]["val/rewards/accuracies"] >= 0.9
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
 
@@ -298,4 +358,3 @@ def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:
     assert len(both[0]) == len(both[1])
     for one, other in zip(*both, strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
-    assert EMBEDDED

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from lit_dpo import DPOModule, PreferenceDataModule
-from lit_dpo.cli import DPOCLI
+from lit_dpo.cli import DPOCLI, OPTIONS
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -60,8 +59,24 @@ def test_a_recipe_says_how_to_run_it_and_why(path: Path) -> None:
     assert text.count("#") > 6
 
 
-def test_the_zephyr_recipe_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = yaml.safe_load((REPOSITORY / "configs/ultrafeedback_zephyr-7b.yaml").read_text())
+def recipe(name: str) -> tuple[Any, Any, Any]:
+    config = yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text())
     assert config["trainer"]["accumulate_grad_batches"] * config["data"]["batch_size"] == 16
-    config = yaml.safe_load((REPOSITORY / "configs/ultrafeedback_qwen2-0.5b_t4.yaml").read_text())
-    assert config["trainer"]["accumulate_grad_batches"] * config["data"]["batch_size"] == 16
+    return config["trainer"], config["model"], config["data"]
+
+
+def test_the_zephyr_recipe_is_the_published_one() -> None:
+    _, model, data = recipe("ultrafeedback_zephyr-7b")
+    lora = model["lora"]["init_args"]
+    assert (lora["r"], lora["lora_alpha"]) == (128, 128)
+    assert model["objective"]["init_args"]["beta"] == 0.01
+    assert model["optimizer"]["init_args"]["lr"] == 5e-6
+    assert (model["lr_scheduler"], model["warmup"], data["max_length"]) == ("cosine", 0.1, 1024)
+
+
+def test_the_t4_recipe_fits_a_t4() -> None:
+    trainer, model, data = recipe("ultrafeedback_qwen2-0.5b_t4")
+    lora = model["lora"]["init_args"]
+    assert (trainer["precision"], lora["r"], lora["lora_alpha"], len(lora["target_modules"])) == ("16-mixed", 16, 32, 7)
+    assert (data["max_prompt_length"], data["max_response_length"]) == (512, 256)
+    assert model["objective"]["init_args"]["beta"] == 0.1

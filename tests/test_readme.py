@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo import DPOModule
+from lit_dpo.cli import OPTIONS
 from tests.conftest import REPOSITORY
 from tests.test_configs import Unrun
 
 README = (REPOSITORY / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_every_measured_number_is_there() -> None:
+    assert "@@" not in README
 
 
 def test_the_first_blocks_install_run_and_test() -> None:

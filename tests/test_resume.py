@@ -21,14 +21,12 @@ class SaveAt(LastCheckpoint):
     """Keeps a checkpoint of one optimizer step."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(every_n_steps=step)
+        super().__init__(every_n_steps=max(step, 1))
         self.step = step
 
-    def _save(self, trainer: Trainer) -> Path:
-        path = Path(trainer.default_root_dir) / f"step{self.step}.ckpt"
+    def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self.step:
-            trainer.save_checkpoint(path, weights_only=False)
-        return path
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"step{self.step}.ckpt", weights_only=False)
 
 
 def run(

@@ -23,6 +23,8 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"last.every_n_steps must be at least 1, not {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self._interrupted = False
         self._consistent = True  # no half-done optimizer step, whose gradients a checkpoint would not hold
@@ -68,11 +70,14 @@ class LastCheckpoint(Checkpoint):
         """Saves after Ctrl-C, if no step was half done, and says where."""
         self._release()
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and trainer.global_step > 0:
-            path = self._save(trainer) if self._consistent else self._path(trainer)
-            rank_zero_info(
-                f"Stopped after {trainer.global_step} optimizer steps. Everything so far is in {path.parent.parent}.\n"
-                f"Go on with: --ckpt_path {path}"
-            )
+            path = self._path(trainer)
+            if self._consistent:
+                self._save(trainer)
+            elif not path.exists():
+                rank_zero_info("Stopped in the middle of an optimizer step, before there was a checkpoint.")
+                return
+            state = f"after {trainer.global_step} optimizer steps" if self._consistent else "in the middle of a step"
+            rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nGo on with: --ckpt_path {path}")
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
         if self._interrupted:
@@ -88,7 +93,5 @@ class LastCheckpoint(Checkpoint):
     def _path(self, trainer: Trainer) -> Path:
         return run_dir(trainer) / "checkpoints" / "last.ckpt"
 
-    def _save(self, trainer: Trainer) -> Path:
-        path = self._path(trainer)
-        trainer.save_checkpoint(path, weights_only=False)  # with optimizer and loop states
-        return path
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._path(trainer), weights_only=False)  # with optimizer and loop states

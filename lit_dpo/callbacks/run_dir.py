@@ -6,5 +6,13 @@ from lightning.pytorch import Trainer
 
 
 def run_dir(trainer: Trainer) -> Path:
-    """The folder of the user's logger, or ``default_root_dir`` without one. Collective: every rank must call it."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of the first logger's run, as for Lightning's checkpoints; ``default_root_dir`` without a logger.
+
+    Collective: every rank must call it.
+    """
+    folder = Path(trainer.default_root_dir)
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(folder)))

@@ -8,6 +8,7 @@ Three formats are read, by what the row holds:
 - conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def read_pair(row: Mapping[str, Any]) -> PreferencePair | str:
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing:
         raise RowError(f"no column {missing[0]!r}; the columns are {sorted(row)}")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    chosen, rejected, prompt = (_decoded(row.get(key)) for key in ("chosen", "rejected", "prompt"))
 
     if chosen is None or rejected is None:
         return "empty response"
@@ -72,6 +73,16 @@ def read_pair(row: Mapping[str, Any]) -> PreferencePair | str:
     if chosen_turns == rejected_turns:
         return "identical responses"
     return PreferencePair(turns, chosen_turns[0], rejected_turns[0])
+
+
+def _decoded(value: Any) -> Any:
+    """A list of messages that a CSV file holds as JSON text; any other value as it is."""
+    if isinstance(value, str) and value.startswith("[{") and '"role"' in value:
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
 
 
 def _messages(value: Any, column: str) -> list[Message]:

@@ -77,12 +77,13 @@ def _open(source: str) -> Any:
         return load_dataset(source)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"data source {source}: neither a local file or folder nor a data set of the hub."
+            f"data source {source}: neither a local file or folder nor a data set of the hub that may be read "
+            f"({' '.join(str(error).split()):.200})."
         ) from error
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
-            f"data source {source}: the hub cannot be reached ({type(error).__name__}). Give a local file or folder, "
-            "or check the network."
+            f"data source {source}: cannot be loaded from the hub ({' '.join(str(error).split()):.200}). Give a local "
+            "file or folder, or check the network."
         ) from error
 
 

@@ -45,7 +45,8 @@ def flat_attention(
         >>> flat_attention(q, q, q, [Segment(2, 2, 1)], scale=0.5).shape
         torch.Size([1, 2, 5, 4])
     """
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if query.shape[1] != key.shape[1]:  # with a mask, CUDA's fast kernels want as many keys as queries
+        key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
     outputs = []
     for pair in zip(
         *(part.split([sum(s) for s in segments], dim=2) for part in (query, key, value)), segments, strict=True
@@ -56,13 +57,13 @@ def flat_attention(
         v_prompt, v_chosen, v_rejected = v.split([prompt, chosen, rejected], dim=2)
         keys, values = torch.cat([k_prompt, k_chosen], 2), torch.cat([v_prompt, v_chosen], 2)
         if window is None or window >= prompt + chosen:
-            outputs.append(scaled_dot_product_attention(q_first, keys, values, is_causal=True, **options))
+            outputs.append(scaled_dot_product_attention(q_first, keys, values, is_causal=True, scale=scale))
         else:
             mask = _causal(prompt + chosen, prompt + chosen, window, query.device)
-            outputs.append(scaled_dot_product_attention(q_first, keys, values, mask, **options))
+            outputs.append(scaled_dot_product_attention(q_first, keys, values, mask, scale=scale))
         keys, values = torch.cat([k_prompt, k_rejected], 2), torch.cat([v_prompt, v_rejected], 2)
         mask = _causal(rejected, prompt + rejected, window, query.device)
-        outputs.append(scaled_dot_product_attention(q_rejected, keys, values, mask, **options))
+        outputs.append(scaled_dot_product_attention(q_rejected, keys, values, mask, scale=scale))
     return torch.cat(outputs, dim=2)
 
 
@@ -95,6 +96,11 @@ def _forward(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttentionError(f"{type(module).__name__} uses {name}")
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "attention_chunk_size", None) or (
+        getattr(config, "sliding_window", None) and "sliding_window" not in kwargs
+    ):
+        raise UnsupportedAttentionError(f"{type(module).__name__} keeps its window in the mask")
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lit_dpo.base_model import resolve_base
+from lit_dpo.base_model import BaseModelError, resolve_base
 
 REFERENCE_ADAPTER = "reference"
 # Initialisations that leave the base weights alone, so that "adapters off" is the initial policy.
-PLAIN_INITIALISATIONS = (True, "gaussian", "orthogonal")
+PLAIN_INITIALISATIONS = (True, "gaussian")
 # NF4 with double quantization (QLoRA; Dettmers et al. 2023, arXiv:2305.14314)
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # Adapters on every linear layer but the head
@@ -44,6 +44,11 @@ def check_lora(lora: LoraConfig) -> None:
             f"model.lora.modules_to_save={lora.modules_to_save} trains copies of base modules without adapters; the "
             "reference needs them as they were. Put adapters on them with lora.target_modules instead."
         )
+    for field in ("trainable_token_indices", "alora_invocation_tokens"):
+        if getattr(lora, field, None):
+            raise ValueError(
+                f"model.lora.{field} is not supported: the log-probs of the flat layout would leave it out."
+            )
     if lora.init_lora_weights not in PLAIN_INITIALISATIONS:
         raise ValueError(
             f"model.lora.init_lora_weights={lora.init_lora_weights!r} changes the base weights or starts off the "
@@ -81,18 +86,19 @@ def load_policy(
     """
     name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": device},
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except OSError as error:
+        raise BaseModelError(base, error) from error
     model.config.use_cache = False
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _disable_dropout(model)
     _disable_repacking(model)
     model.requires_grad_(False)
     if adapter is None:
@@ -103,17 +109,13 @@ def load_policy(
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         check_lora(peft_model.peft_config["default"])
         peft_model.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        _disable_dropout(peft_model)  # the adapter's own: of its training, not of this one
     peft_model.peft_config["default"].base_model_name_or_path = name
+    peft_model.peft_config["default"].revision = revision
     for parameter_name, parameter in peft_model.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name and f".{REFERENCE_ADAPTER}" not in parameter_name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for config_name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if getattr(model.config, config_name, 0):
-            setattr(model.config, config_name, 0.0)
-    for module in model.modules():
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
     return peft_model.train()
 
 
@@ -123,6 +125,15 @@ def checkpoint_activations(model: PeftModel) -> None:
     name = "activation_checkpointing_enable"  # transformers 5.23 renamed gradient_checkpointing_enable
     enable = getattr(causal_lm, name if hasattr(causal_lm, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Switches off every dropout: it would make policy and reference differ by noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _disable_repacking(model: nn.Module) -> None:

@@ -105,6 +105,8 @@ class Policy(nn.Module):
             row = batch.input_ids[None, :20]
             own = causal_lm(input_ids=row, use_cache=False).logits
             head = causal_lm.get_output_embeddings()(causal_lm.base_model(row, use_cache=False).last_hidden_state)
+        except torch.OutOfMemoryError:
+            raise
         except (UnsupportedAttentionError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
         else:

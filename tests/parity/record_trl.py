@@ -32,13 +32,17 @@ def read_rows(path: Path, number: int) -> list[dict[str, Any]]:
     ]
 
 
-def gradient_summary(model: torch.nn.Module) -> dict[str, float]:
-    """Norm of each adapter matrix' gradient."""
-    return {
-        name[name.index("layers.") :].replace(".default", ""): parameter.grad.norm().item()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is not None
-    }
+def gradient_summary(model: torch.nn.Module) -> dict[str, list[float]]:
+    """Of each adapter matrix' gradient its norm, and its products with three fixed random matrices of norm 1."""
+    summary = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            generator = torch.Generator().manual_seed(len(summary) % 7)
+            probes = torch.randn(3, *parameter.shape, generator=generator, dtype=torch.float64)
+            gradient = parameter.grad.double()
+            products = [(probe * gradient).sum().item() / probe.norm().item() for probe in probes]
+            summary[name[name.index("layers.") :].replace(".default", "")] = [gradient.norm().item(), *products]
+    return summary
 
 
 def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
