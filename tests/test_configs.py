@@ -22,9 +22,7 @@ class Unrun(DPOCLI):
 
 def build(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["lit_dpo"])
-    return Unrun(
-        ["fit", *arguments], model_class=DPOModule, datamodule_class=PreferenceDataModule, seed_everything_default=1
-    )
+    return Unrun(["fit", *arguments], **OPTIONS)
 
 
 def test_the_recipes_are_there() -> None:

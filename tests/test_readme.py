@@ -42,7 +42,7 @@ def test_each_command_has_arguments_that_exist(line: str, monkeypatch: pytest.Mo
     if "--help" in arguments:
         return
     cpu = [] if arguments[0] == "generate" else ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
-    Unrun([*arguments, *cpu], model_class=DPOModule, datamodule_class=PreferenceDataModule, seed_everything_default=1)
+    Unrun([*arguments, *cpu], **OPTIONS)
 
 
 def test_the_quoted_training_step_is_the_real_one() -> None:
