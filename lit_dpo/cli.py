@@ -140,7 +140,7 @@ class DPOCLI(LightningCLI):
         given = {key: _value(config.model, key) for key in _given_model_keys(self._args, config.get("config") or [])}
         for key, value in given.items():
             was = _value(as_stored, key)
-            if _comparable(was) != _comparable(value):
+            if _comparable(key, was) != _comparable(key, value):
                 rank_zero_warn(f"model.{key} is {value!r}, as given; the checkpoint stored {was!r}.")
         self.config = self.parser.parse_object({command: {"model": override(stored, given)}}, self.config)
 
@@ -245,8 +245,10 @@ def override(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _comparable(value: Any) -> Any:
-    """A value whose equality means the same setting: the order of target modules, say, does not matter."""
+def _comparable(key: str, value: Any) -> Any:
+    """A value whose equality means the same setting, however a class is named and modules are ordered."""
+    if key.endswith("class_path"):
+        return str(value).rpartition(".")[2]
     return sorted(map(str, value)) if isinstance(value, list | tuple | set) else value
 
 

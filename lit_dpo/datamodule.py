@@ -138,11 +138,10 @@ class PreferenceDataModule(LightningDataModule):
         """The place in the training data: the epoch, and the batches of it that have been trained on."""
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
-        return {
-            **self._order(),
-            "epoch": loop.epoch_progress.current.processed,
-            "batches": loop.epoch_loop.batch_progress.current.processed,
-        }
+        epochs = loop.epoch_progress.current
+        finished = epochs.processed == epochs.started  # the batches counted are then those of the epoch before
+        batches = 0 if finished else loop.epoch_loop.batch_progress.current.processed
+        return {**self._order(), "epoch": epochs.processed, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a place in the training data."""

@@ -12,7 +12,9 @@ from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.callbacks import LastCheckpoint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*dataloader' does not have many workers", "ignore:You're resuming"
+    "ignore:This DataLoader will create",
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:You're resuming",
 )
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -64,3 +66,28 @@ def test_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path, step: int,
         assert torch.equal(parameter, expected[name]), name
     for name, value in trainer.callback_metrics.items():
         assert torch.equal(value, again.callback_metrics[name]), name
+
+
+@pytest.mark.parametrize("first", [{"max_epochs": 1}, {"max_steps": 5}, {"max_steps": 8}])
+def test_a_finished_run_goes_on_as_if_it_had_not_ended(
+    tiny_base: str, pairs_file: str, tmp_path: Path, first: dict[str, int]
+) -> None:
+    def fit(root: Path, ckpt: Path | None = None, **length: int) -> tuple[DPOModule, Trainer]:
+        seed_everything(5 if ckpt is None else 99, verbose=False)
+        optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)  # noqa: E731
+        model = DPOModule(
+            tiny_base, quantization=None, lora=LORA, optimizer=optimizer, lr_scheduler="constant", warmup=0
+        )
+        data = PreferenceDataModule(pairs_file, val_size=4, batch_size=2)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        trainer = Trainer(accelerator="cpu", default_root_dir=root, callbacks=[LastCheckpoint()], **quiet, **length)
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        return model, trainer
+
+    whole, _ = fit(tmp_path / "whole", max_epochs=2)
+    fit(tmp_path / "first", **first)
+    resumed, trainer = fit(tmp_path / "second", tmp_path / "first/checkpoints/last.ckpt", max_epochs=2)
+    assert trainer.global_step == 16
+    expected = dict(whole.named_parameters())
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, expected[name]), name

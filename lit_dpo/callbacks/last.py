@@ -13,7 +13,7 @@ from lit_dpo.callbacks.run_dir import run_dir
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves ``checkpoints/last.ckpt`` now and then, at the end, and when Ctrl-C is pressed.
+    """Saves ``checkpoints/last.ckpt`` now and then, at the end of an epoch or of the run, and when Ctrl-C is pressed.
 
     The first Ctrl-C lets the optimizer step finish, so that the checkpoint goes on from it exactly; the second stops
     at once and leaves the checkpoint before.
@@ -51,7 +51,12 @@ class LastCheckpoint(Checkpoint):
             interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
         if interrupted:
             raise KeyboardInterrupt
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves at the end of an epoch, from where a run with more of them goes on; not where ``max_steps`` cut it."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_validation_batch_start(
@@ -62,9 +67,8 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the final state and gives Ctrl-C back."""
+        """Gives Ctrl-C back."""
         self._release()
-        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves after Ctrl-C, if no step was half done, and says where."""
