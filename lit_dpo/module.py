@@ -1,11 +1,7 @@
 """DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
 
 import copy
-import inspect
-import random
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +16,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, get_scheduler
 
 from lit_dpo.base_model import load_tokenizer
+from lit_dpo.checkpointing import (
+    apply_settings,
+    plain_hyperparameters,
+    plain_optimizer,
+    random_state,
+    restore_random_state,
+)
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.objectives import Objective, Sigmoid
@@ -94,7 +97,7 @@ class DPOModule(LightningModule):
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
         self._random_states: list[Any] | None = None
-        self.save_hyperparameters(_plain_hyperparameters(self, quantization))
+        self.save_hyperparameters(plain_hyperparameters(self, quantization))
 
     # --- the algorithm ---------------------------------------------------------------------------------------------
 
@@ -243,13 +246,13 @@ class DPOModule(LightningModule):
         """Keeps the adapters alone: the base is the hub's, and a 4-bit state could not be loaded back."""
         names = self._trainable_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
-        states: list[Any] = [_random_state()]
+        states: list[Any] = [random_state()]
         if self.trainer.world_size > 1:
             states = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(states, _random_state())
+            torch.distributed.all_gather_object(states, random_state())
         checkpoint["random_states"] = states
         if self.trainer.optimizers:
-            checkpoint["hyper_parameters"]["optimizer"] = _plain_optimizer(self.trainer.optimizers[0])
+            checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the state of the random generators for ``on_train_start``."""
@@ -280,10 +283,10 @@ class DPOModule(LightningModule):
         if self._random_states is None:
             return
         if self.global_rank < len(self._random_states):
-            _restore_random_state(self._random_states[self.global_rank])
+            restore_random_state(self._random_states[self.global_rank])
         self._random_states = None
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            _apply_settings(optimizer, config.scheduler)
+            apply_settings(optimizer, config.scheduler)
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -293,89 +296,3 @@ def _type_name(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> s
     if quantization is None:
         return str(dtype).removeprefix("torch.")
     return str(quantization.bnb_4bit_quant_type) if quantization.load_in_4bit else "int8"
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Puts the settings that an optimizer was built with in the place of those that a checkpoint brought."""
-    for index, group in enumerate(optimizer.param_groups):
-        for name, value in optimizer.defaults.items():
-            if name != "lr":
-                group[name] = value
-            elif scheduler.base_lrs[index] != value:
-                group["lr"] *= value / scheduler.base_lrs[index]
-                group["initial_lr"] = scheduler.base_lrs[index] = value
-
-
-def _plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Class and settings of an optimizer as plain values."""
-    settings: dict[str, Any] = {}
-    for name in inspect.signature(type(optimizer).__init__).parameters:
-        value = optimizer.defaults.get(name)
-        if isinstance(value, bool | int | float | str):
-            settings[name] = value
-        elif isinstance(value, tuple):
-            settings[name] = [float(item) for item in value]
-    return {"class_path": _path(type(optimizer)), "init_args": settings}
-
-
-def _plain_hyperparameters(module: DPOModule, quantization: Any) -> dict[str, Any]:
-    """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``.
-
-    All but the optimizer, a function, whose settings are known once it is built.
-    """
-    names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
-    objective = type(module.objective)
-    parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]
-    lost = [name for name in parameters if not hasattr(module.objective, name)]
-    if lost:
-        raise ValueError(f"{objective.__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
-    if isinstance(quantization, BitsAndBytesConfig):
-        quantization = _plain_fields(quantization, BitsAndBytesConfig())
-    return {
-        **{name: getattr(module, name) for name in (*names, "trust_remote_code")},
-        "objective": {
-            "class_path": _path(objective),
-            "init_args": {name: getattr(module.objective, name) for name in parameters},
-        },
-        "lora": _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
-        "quantization": quantization,
-        "_instantiator": "lightning.pytorch.cli.instantiate_module",
-    }
-
-
-def _path(cls: type) -> str:
-    """The dotted path of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _plain_fields(config: Any, default: Any, always: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The constructor's arguments that differ from their defaults, and those named, as plain values."""
-    plain = {}
-    for name in inspect.signature(type(config).__init__).parameters:
-        value = getattr(config, name, None)
-        if name in always or value != getattr(default, name, None):
-            if isinstance(value, Enum):
-                value = value.value
-            elif isinstance(value, set):
-                value = sorted(value)
-            elif isinstance(value, torch.dtype):
-                value = str(value).removeprefix("torch.")
-            elif is_dataclass(value) and not isinstance(value, type):
-                value = asdict(value)
-            plain[name] = value
-    return plain

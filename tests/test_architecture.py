@@ -19,12 +19,13 @@ FLOORS = {
     "data": 1,
     "metrics": 1,
     "policy": 2,
-    "module": 3,
-    "datamodule": 3,
-    "callbacks": 4,
-    "commands": 4,
-    "cli": 5,
-    "__main__": 6,
+    "checkpointing": 3,
+    "module": 4,
+    "datamodule": 4,
+    "callbacks": 5,
+    "commands": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 WAY = ["pairs", "tokenization", "batch", "sampler", "sources", "preparation"]
 
