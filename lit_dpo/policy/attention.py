@@ -1,15 +1,20 @@
 """Attention over the flat layout of ``PairBatch``, registered with transformers as ``lit_dpo``.
 
-A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else. That is causal
-attention over prompt + chosen, and over prompt + rejected for the rejected tokens alone. Where the forward carries no
-``segments`` (generation, padded rows), transformers' own SDPA is used.
+A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else: causal attention
+over prompt + chosen, and over prompt + rejected. Which tokens those are is laid out once a batch (``Layout``); each layer
+then gathers and calls the hardware's best kernel. Where the forward carries no ``layout`` (generation, padded rows),
+transformers' own SDPA is used.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,63 +23,233 @@ from transformers.masking_utils import sdpa_mask
 from lit_dpo.data.batch import Segment
 
 NAME = "lit_dpo"
+# What one more SDPA call costs, in scores computed needlessly: a group of rows padded to the longest saves calls.
+CALL_COST = {"cpu": 2e4, "cuda": 2e6}
 
 
 class UnsupportedAttentionError(NotImplementedError):
     """The architecture asks for something that attention over the flat layout does not do."""
 
 
+@dataclass(frozen=True)
+class Gather:
+    """Tokens of the flat row, some of them taken twice, in another order.
+
+    Attributes:
+        index: For each place its token, (N,).
+        first: For each token of the row the first place that holds it, (T,).
+        again: Tokens that are taken a second time, (M,).
+        second: Their second places, (M,).
+    """
+
+    index: Tensor
+    first: Tensor
+    again: Tensor
+    second: Tensor
+
+    def __call__(self, row: Tensor) -> Tensor:
+        """Takes (T, …) to (N, …); the gradient of a token taken twice is the sum, in a fixed order."""
+        return _Gathered.apply(row, self.index, self.first, self.again, self.second)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, index: Tensor, first: Tensor, again: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, again, second)
+        return row.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        first, again, second = ctx.saved_tensors
+        (gradient,) = outputs
+        row = gradient.index_select(0, first)
+        row[again] += gradient.index_select(0, second)
+        return row, None, None, None, None
+
+
+class AttentionLayout:
+    """Where the kernels find the tokens of each pair; laid out once a batch, used by every layer.
+
+    Args:
+        segments: Lengths of the pairs' parts, T tokens in all.
+        device: Where the flat row is.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments, self.device = segments, device
+
+    @cached_property
+    def rows(self) -> tuple[Gather, list[tuple[int, int]]]:
+        """Prompt + chosen and prompt + rejected as rows, padded at their end to groups of similar length.
+
+        Returns:
+            The tokens, and (rows, length) of each group.
+        """
+        rows = list(self._conversations())
+        lengths = [len(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda row: lengths[row])
+        sizes = group([lengths[row] for row in order], CALL_COST["cuda" if self.device.type == "cuda" else "cpu"])
+        groups, places, start = [], [], 0
+        for size in sizes:
+            members = order[start : start + size]
+            longest = lengths[members[-1]]
+            for row in members:  # padding repeats a token: being last, it is never seen
+                places.append(torch.cat([rows[row], rows[row][-1:].expand(longest - lengths[row])]))
+            groups.append((size, longest))
+            start += size
+        offsets = [0] * len(rows)
+        place = 0
+        for row, tokens in zip(order, places, strict=True):
+            offsets[row] = place
+            place += len(tokens)
+        return self._gather(torch.cat(places), rows, offsets), groups
+
+    @cached_property
+    def keys(self) -> Gather:
+        """Keys of the queries prompt + chosen, then of the queries rejected, pair by pair, without padding."""
+        rows = list(self._conversations())
+        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
+        return self._gather(torch.cat(rows), rows, offsets)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """Where queries and keys of each of the 2·P sequences begin and end, (2P + 1,), and the longest of both."""
+        queries = [length for s in self.segments for length in (s.prompt + s.chosen, s.rejected)]
+        keys = [s.prompt + length for s in self.segments for length in (s.chosen, s.rejected)]
+        q, k = (torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32) for lengths in (queries, keys))
+        return q, k, max(queries), max(keys)
+
+    def _conversations(self) -> Any:
+        """Tokens of prompt + chosen, then of prompt + rejected, pair by pair, as indices in the flat row."""
+        start = 0
+        for prompt, chosen, rejected in self.segments:
+            tokens = torch.arange(start, start + prompt + chosen + rejected)
+            yield tokens[: prompt + chosen]
+            yield torch.cat([tokens[:prompt], tokens[prompt + chosen :]])
+            start += len(tokens)
+
+    def _gather(self, index: Tensor, rows: Sequence[Tensor], offsets: Sequence[int]) -> Gather:
+        """The gather that puts each conversation at its offset."""
+        first = torch.empty(sum(map(sum, self.segments)), dtype=torch.long)
+        again, second = [], []
+        for number, (segment, row, offset) in enumerate(
+            zip([s for s in self.segments for _ in range(2)], rows, offsets, strict=True)
+        ):
+            places = torch.arange(offset, offset + len(row))
+            new = segment.prompt if number % 2 else 0  # the prompt has its first places in prompt + chosen
+            first[row[new:]] = places[new:]
+            again.append(row[:new])
+            second.append(places[:new])
+        parts = (index, first, torch.cat(again), torch.cat(second))
+        return Gather(*(part.to(self.device, non_blocking=True) for part in parts))
+
+
+def group(lengths: Sequence[int], call_cost: float) -> list[int]:
+    """Sizes of the groups, each padded to its longest, in which rows of ascending length cost least.
+
+    A row padded to length n costs n² scores, and a group ``call_cost`` of them.
+
+    Example:
+        >>> group([10, 11, 100, 101], call_cost=1000)
+        [2, 2]
+    """
+    best, split = [0.0], [0]
+    for end in range(1, len(lengths) + 1):
+        costs = [best[start] + call_cost + (end - start) * lengths[end - 1] ** 2 for start in range(end)]
+        best.append(min(costs))
+        split.append(costs.index(best[-1]))
+    sizes, end = [], len(lengths)
+    while end:
+        sizes.append(end - split[end])
+        end = split[end]
+    return sizes[::-1]
+
+
 def flat_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *, scale: float, window: int | None = None
+    query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, *, scale: float, window: int | None = None
 ) -> Tensor:
     """Attention of each pair's prompt, chosen and rejected tokens.
 
     Args:
-        query: Queries of the flat row, (1, H, T, D).
-        key: Keys, (1, G, T, D) with G a divisor of H (grouped-query attention).
-        value: Values, (1, G, T, D).
-        segments: Lengths of the pairs' parts, T tokens in all.
+        query: Queries of the flat row, (T, H, D).
+        key: Keys, (T, G, D) with G a divisor of H (grouped-query attention).
+        value: Values, (T, G, D).
+        layout: Which tokens belong together, T in all.
         scale: Factor of the scores.
         window: Number of keys, counting its own, that a token sees (sliding-window attention); None for all.
 
     Returns:
-        (1, H, T, D).
+        (T, H, D).
 
     Example:
-        >>> q = torch.randn(1, 2, 5, 4)
-        >>> flat_attention(q, q, q, [Segment(2, 2, 1)], scale=0.5).shape
-        torch.Size([1, 2, 5, 4])
+        >>> q = torch.randn(5, 2, 4)
+        >>> flat_attention(q, q, q, AttentionLayout([Segment(2, 2, 1)], q.device), scale=0.5).shape
+        torch.Size([5, 2, 4])
     """
-    if query.shape[1] != key.shape[1]:  # with a mask, CUDA's fast kernels want as many keys as queries
-        key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
-    outputs = []
-    for pair in zip(
-        *(part.split([sum(s) for s in segments], dim=2) for part in (query, key, value)), segments, strict=True
-    ):
-        q, k, v, (prompt, chosen, rejected) = pair
-        q_first, q_rejected = q.split([prompt + chosen, rejected], dim=2)
-        k_prompt, k_chosen, k_rejected = k.split([prompt, chosen, rejected], dim=2)
-        v_prompt, v_chosen, v_rejected = v.split([prompt, chosen, rejected], dim=2)
-        keys, values = torch.cat([k_prompt, k_chosen], 2), torch.cat([v_prompt, v_chosen], 2)
-        if window is None or window >= prompt + chosen:
-            outputs.append(scaled_dot_product_attention(q_first, keys, values, is_causal=True, scale=scale))
-        else:
-            mask = _causal(prompt + chosen, prompt + chosen, window, query.device)
-            outputs.append(scaled_dot_product_attention(q_first, keys, values, mask, scale=scale))
-        keys, values = torch.cat([k_prompt, k_rejected], 2), torch.cat([v_prompt, v_rejected], 2)
-        mask = _causal(rejected, prompt + rejected, window, query.device)
-        outputs.append(scaled_dot_product_attention(q_rejected, keys, values, mask, scale=scale))
-    return torch.cat(outputs, dim=2)
+    if _has_varlen(query):
+        return _varlen(query, key, value, layout, scale, window)
+    return _padded_groups(query, key, value, layout, scale, window)
 
 
-def _causal(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Who sees whom, (num_queries, num_keys), the queries being the last of the keys' positions."""
-    distance = (
-        torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        - torch.arange(num_keys, device=device)[None, :]
+def _has_varlen(query: Tensor) -> bool:
+    """Whether variable-length flash attention runs: on CUDA from Ampere on, in half precision."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
     )
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float, window: int | None
+) -> Tensor:
+    """One call for all pairs: causal attention with more keys than queries, aligned at their ends."""
+    q_bounds, k_bounds, longest_q, longest_k = layout.bounds
+    output: Tensor = varlen_attn(  # type: ignore[assignment]
+        query.contiguous(),
+        layout.keys(key),
+        layout.keys(value),
+        q_bounds,
+        k_bounds,
+        longest_q,
+        longest_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output
+
+
+def _padded_groups(
+    query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float, window: int | None
+) -> Tensor:
+    """One SDPA call a group of rows of similar length; causal, so that padding at their end needs no mask."""
+    gather, groups = layout.rows
+    heads, width = query.shape[1:]
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:  # its memory-efficient kernel wants as many keys as queries
+        key, value = (part.repeat_interleave(heads // key.shape[1], dim=1) for part in (key, value))
+        grouped = False
+    sizes = [rows * length for rows, length in groups]
+    parts = [gather(part.reshape(len(part), -1)).split(sizes) for part in (query, key, value)]
+    outputs = []
+    for (rows, length), *tensors in zip(groups, *parts, strict=True):
+        q, k, v = (tensor.view(rows, length, -1, width).transpose(1, 2) for tensor in tensors)
+        mask = None if window is None or window >= length else _band(length, window, query.device)
+        output = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        outputs.append(output.transpose(1, 2).reshape(rows * length, heads, width))
+    return torch.cat(outputs).index_select(0, gather.first)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Who sees whom in a row under causal attention with a window, (length, length)."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 def _forward(
@@ -85,11 +260,11 @@ def _forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: Sequence[Segment] | None = None,
+    layout: AttentionLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in each attention layer."""
-    if segments is None:
+    """The function that transformers calls in each attention layer, with tensors of (1, H, T, D)."""
+    if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -103,9 +278,9 @@ def _forward(
         raise UnsupportedAttentionError(f"{type(module).__name__} keeps its window in the mask")
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = flat_attention(query, key, value, segments, scale=scale, window=kwargs.get("sliding_window"))
-    return output.transpose(1, 2), None
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    rows = (part[0].transpose(0, 1) for part in (query, key, value))
+    return flat_attention(*rows, layout, scale=scale, window=kwargs.get("sliding_window"))[None], None
 
 
 AttentionInterface.register(NAME, _forward)

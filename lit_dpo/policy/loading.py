@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_dpo.base_model import BaseModelError, resolve_base
+from lit_dpo.policy.lora import fuse_adapters
 
 REFERENCE_ADAPTER = "reference"
 # Initialisations that leave the base weights alone, so that "adapters off" is the initial policy.
@@ -116,6 +117,7 @@ def load_policy(
         parameter.requires_grad_("lora_" in parameter_name and f".{REFERENCE_ADAPTER}" not in parameter_name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    fuse_adapters(peft_model)
     return peft_model.train()
 
 

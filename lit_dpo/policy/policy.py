@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
-from lit_dpo.policy.attention import NAME, UnsupportedAttentionError
+from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttentionError
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.logprobs import gather_logps, token_logps
 
@@ -78,7 +78,7 @@ class Policy(nn.Module):
             # A mask of four dimensions is handed on as it is; ours is unused, and spares transformers building one.
             attention_mask=torch.zeros(1, 1, 1, 1, device=batch.input_ids.device),
             use_cache=False,
-            segments=batch.segments,
+            layout=AttentionLayout(batch.segments, batch.input_ids.device),
         ).last_hidden_state[0]
         return token_logps(hidden[batch.predictors], batch.targets, causal_lm.get_output_embeddings())
 

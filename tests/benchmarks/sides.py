@@ -1,0 +1,231 @@
+"""One measured run of one side: the same pairs, order, adapter shape, quantization, precision and optimizer."""
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+
+from lit_dpo.base_model import load_tokenizer, resolve_base
+from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.tokenization import Truncation
+from lit_dpo.module import PRECISIONS
+from lit_dpo.policy.loading import LORA, NF4
+from tests.benchmarks.floor import Shape, matmul_rate, synchronize
+from tests.parity.record_trl import read_rows
+
+LEARNING_RATE = 5e-5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides do.
+
+    Attributes:
+        base: Name or folder of the base model.
+        data: JSONL file of preference pairs.
+        pairs: Pairs that are timed.
+        warmup: Pairs before them that are not.
+        batch_size: Pairs in a batch.
+        max_length: Most tokens of prompt and response.
+        precision: Lightning's name of it.
+        gradient_checkpointing: On both sides, or on none.
+    """
+
+    base: str
+    data: str
+    pairs: int
+    warmup: int
+    batch_size: int
+    max_length: int
+    precision: str
+    gradient_checkpointing: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where to run."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows that both sides take: warm-up pairs, then those that are timed."""
+        rows = read_rows(Path(self.data), 10**9)
+        pairs, _ = self.tokenized(rows)
+        kept = [rows[pairs.pair(index).row] for index in range(len(pairs))]
+        needed = self.warmup + self.pairs
+        if len(kept) < needed:
+            raise SystemExit(f"{self.data} holds {len(kept)} usable pairs of the {needed} wanted.")
+        return kept[:needed]
+
+    def tokenized(self, rows: list[dict[str, Any]]) -> tuple[PairDataset, list[str]]:
+        """The rows as tokenized pairs."""
+        return prepare_pairs(Dataset.from_list(rows), "rows", load_tokenizer(self.base), Truncation(self.max_length))
+
+
+@dataclass
+class Meter:
+    """Times optimizer steps after a warm-up; keeps the losses.
+
+    Attributes:
+        task: What is run.
+        losses: One a step, all of them.
+    """
+
+    task: Task
+    losses: list[float] = field(default_factory=list)
+    _start: float = 0.0
+    _seconds: float = 0.0
+
+    def step(self, loss: float) -> None:
+        """Called when an optimizer step is over."""
+        synchronize(self.task.device)
+        self.losses.append(loss)
+        done = len(self.losses) * self.task.batch_size
+        if done == self.task.warmup:
+            self._start = time.perf_counter()
+            if self.task.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        self._seconds = time.perf_counter() - self._start
+
+    def report(self, tokens: int, flops: int) -> dict[str, Any]:
+        """The numbers of the run."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.task.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        return {
+            "pairs_per_second": self.task.pairs / self._seconds,
+            "seconds": self._seconds,
+            "peak_memory_gb": peak / 1e9,
+            "tokens": tokens,
+            "floor_flops_per_second": flops / self._seconds,
+            "losses": self.losses,
+        }
+
+
+def run_lit_dpo(task: Task) -> dict[str, Any]:
+    """Lightning's Trainer and our two parts, with every default but those of the task, from an empty reference cache."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+    from torch.utils.data import DataLoader
+
+    from lit_dpo.module import DPOModule
+
+    meter = Meter(task)
+
+    class Timer(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            meter.step(outputs["loss"].item())
+
+    pairs, _ = task.tokenized(task.rows())
+    batches = [list(range(i, i + task.batch_size)) for i in range(0, len(pairs), task.batch_size)]
+    loader = DataLoader(pairs, sampler=batches, batch_size=None)
+    seed_everything(0, verbose=False)
+    module = DPOModule(
+        task.base,
+        lr_scheduler="constant",
+        warmup=0.0,
+        gradient_checkpointing=task.gradient_checkpointing,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
+    )
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        precision=task.precision,
+        max_epochs=1,
+        callbacks=[Timer()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, loader)
+    timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]
+    tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in timed)
+    flops = shape(task).flops(timed, task.gradient_checkpointing)
+    return meter.report(tokens, flops)
+
+
+def run_trl(task: Task, best: bool) -> dict[str, Any]:
+    """TRL's DPOTrainer: with its defaults, or with what is known to make it faster."""
+    from transformers import TrainerCallback, set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    meter = Meter(task)
+    rows = task.rows()
+    base = resolve_base(task.base)
+    dtype = PRECISIONS[task.precision]
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype),
+        device_map={"": task.device},
+    )
+    for module in model.modules():
+        # Otherwise bitsandbytes repacks weights at the first evaluation, and on some CPUs nothing trains any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    set_seed(0)
+    model = get_peft_model(model, LoraConfig(**LORA))
+
+    tokens = 0
+
+    class Timed(DPOTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            nonlocal tokens
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if len(meter.losses) * task.batch_size >= task.warmup:
+                tokens += inputs["input_ids"].numel() * (1 if best else 2)
+            self.step_loss = loss.item()
+            return loss
+
+    class Timer(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **options: Any) -> None:
+            meter.step(trainer.step_loss)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            max_length=task.max_length,
+            per_device_train_batch_size=task.batch_size,
+            gradient_checkpointing=task.gradient_checkpointing,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            bf16=task.precision == "bf16-mixed",
+            fp16=task.precision == "16-mixed",
+            use_cpu=task.device.type == "cpu",
+            dataloader_pin_memory=task.device.type == "cuda",
+            precompute_ref_log_probs=best,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Timed(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(base),
+            callbacks=[Timer()],
+        )
+        trainer.train()
+    pairs, _ = task.tokenized(rows)
+    timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]
+    return meter.report(tokens, shape(task).flops(timed, task.gradient_checkpointing))
+
+
+def run_probe(task: Task) -> dict[str, Any]:
+    """The rate of this machine's matrix products, on the model's shapes."""
+    return {"matmul_flops_per_second": matmul_rate(shape(task), PRECISIONS[task.precision], task.device)}
+
+
+def shape(task: Task) -> Shape:
+    """The products of the task's model."""
+    return Shape.of(PretrainedConfig.from_pretrained(resolve_base(task.base)))
