@@ -66,6 +66,7 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
         ValueError: If the objective does not keep an argument under its own name.
     """
     names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
+    renamed = {"reference": module.reference_kind, "compile": module.compilation}
     objective = type(module.objective)
     parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]
     lost = [name for name in parameters if not hasattr(module.objective, name)]
@@ -75,6 +76,7 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
         quantization = _plain_fields(quantization, BitsAndBytesConfig())
     return {
         **{name: getattr(module, name) for name in (*names, "trust_remote_code")},
+        **renamed,
         "objective": {
             "class_path": _path(objective),
             "init_args": {name: getattr(module.objective, name) for name in parameters},

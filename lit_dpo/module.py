@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, get_scheduler
 
-from lit_dpo.base_model import load_tokenizer
+from lit_dpo.base_model import cache_dir, load_tokenizer
 from lit_dpo.checkpointing import (
     apply_settings,
     plain_hyperparameters,
@@ -26,9 +26,11 @@ from lit_dpo.checkpointing import (
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.objectives import Objective, Sigmoid
-from lit_dpo.policy.loading import LORA, NF4, checkpoint_activations, load_policy, precision_for
+from lit_dpo.policy.execution import Switch, compilation_pays, compile_layers
+from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
 from lit_dpo.policy.policy import Layout, Policy
-from lit_dpo.policy.reference import InitialPolicy
+from lit_dpo.policy.reference import CachedReference, InitialPolicy, Reference
+from lit_dpo.reference_pass import fill_reference
 
 Prediction: TypeAlias = dict[str, Any]
 LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -49,7 +51,12 @@ class DPOModule(LightningModule):
         optimizer: Any torch optimizer.
         lr_scheduler: Course of the learning rate after warm-up, by transformers' names.
         warmup: Share of the optimizer steps over which the learning rate rises from 0.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers.
+        reference: ``cached`` computes the initial policy's log-probs of each pair once and keeps them on disk for every
+            epoch and run; ``live`` computes them at every step, for pairs that are met once.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers;
+            ``auto`` does so for batches that would not fit otherwise.
+        compile: Compile the layers: less time and memory once it is done, same numbers but for rounding; ``auto`` does
+            so on a CPU for runs of 500 batches or more, where there is a C++ compiler.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
         gguf_file: Name of a GGUF file inside a hub repository.
@@ -64,7 +71,7 @@ class DPOModule(LightningModule):
     """
 
     policy: Policy  # from configure_model on
-    reference: InitialPolicy
+    reference: Reference
 
     def __init__(
         self,
@@ -76,7 +83,9 @@ class DPOModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
         lr_scheduler: LRCourse = "linear",
         warmup: float = 0.1,
-        gradient_checkpointing: bool = False,
+        reference: Literal["cached", "live"] = "cached",
+        gradient_checkpointing: Switch = "auto",
+        compile: Switch = "auto",  # noqa: A002
         layout: Layout = "auto",
         gguf_file: str | None = None,
         revision: str | None = None,
@@ -93,7 +102,8 @@ class DPOModule(LightningModule):
         self.quantization = BitsAndBytesConfig(**NF4) if quantization == "nf4" else quantization
         self.lora, self.adapter = lora, adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
-        self.gradient_checkpointing, self.layout = gradient_checkpointing, layout
+        self.reference_kind, self.layout = reference, layout
+        self.gradient_checkpointing, self.compilation = gradient_checkpointing, compile
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
         self._random_states: list[Any] | None = None
@@ -111,7 +121,7 @@ class DPOModule(LightningModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Adds the batch to the held-out metrics."""
-        reference = self.reference.remembered_logps(batch)
+        reference = self.reference.logps(batch)
         policy = self.policy.logps(batch)
         losses = self.objective(policy, reference)
         self.eval_metrics.update(losses, self.objective.rewards(policy, reference), policy)
@@ -122,7 +132,7 @@ class DPOModule(LightningModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[Prediction]:
         """The implicit rewards of each pair, and where it came from."""
-        policy, reference = self.policy.logps(batch), self.reference.remembered_logps(batch)
+        policy, reference = self.policy.logps(batch), self.reference.logps(batch)
         rewards = self.objective.rewards(policy, reference)
         return [
             {
@@ -181,10 +191,11 @@ class DPOModule(LightningModule):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
-        if self.gradient_checkpointing:
-            checkpoint_activations(model)
-        self.policy = Policy(model, self.layout)
+        self.policy = Policy(model, self.layout, self.gradient_checkpointing)
         self.reference = InitialPolicy(self.policy)
+        if self.reference_kind == "cached":
+            folder = cache_dir() / "reference" / self.reference.identity(dtype)
+            self.reference = CachedReference(self.reference, folder)
         trainable, total = model.get_nb_trainable_parameters()
         weights, layout = _type_name(self.quantization, dtype), "flat" if self.policy.flat else "padded"
         rank_zero_info(
@@ -211,6 +222,25 @@ class DPOModule(LightningModule):
             return 1.0
         last_window = int(num_batches) % accumulate
         return accumulate / last_window if batch_idx >= num_batches - last_window else 1.0
+
+    # --- the reference, before pairs are met ------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Computes what the reference cache lacks of the held-out pairs."""
+        fill_reference(self.trainer, self.reference)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        fill_reference(self.trainer, self.reference)
+
+    def on_predict_start(self) -> None:
+        """As in validation."""
+        fill_reference(self.trainer, self.reference)
+
+    def teardown(self, stage: str) -> None:
+        """Keeps on disk what came from other loaders."""
+        if "policy" in self._modules and isinstance(self.reference, CachedReference):
+            self.reference.save()
 
     # --- logging ---------------------------------------------------------------------------------------------------
 
@@ -280,6 +310,10 @@ class DPOModule(LightningModule):
     def on_train_start(self) -> None:
         """Goes on from a checkpoint with its random generators, but with this run's optimizer settings."""
         self.train()
+        fill_reference(self.trainer, self.reference)
+        num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+        if compilation_pays(self.compilation, self.device, num_batches):
+            compile_layers(self.model)
         if self._random_states is None:
             return
         if self.global_rank < len(self._random_states):

@@ -20,6 +20,7 @@ FLOORS = {
     "metrics": 1,
     "policy": 2,
     "checkpointing": 3,
+    "reference_pass": 3,
     "module": 4,
     "datamodule": 4,
     "callbacks": 5,

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
+from lit_dpo.policy.execution import Switch
 from lit_dpo.policy.loading import load_policy
 from lit_dpo.policy.policy import Layout, Policy
 
@@ -59,14 +60,14 @@ def save_tiny_base(folder: Path, config: Any = None) -> str:
     return str(folder)
 
 
-def tiny_policy(base: str, layout: Layout = "auto", **options: Any) -> Policy:
+def tiny_policy(base: str, layout: Layout = "auto", recompute: Switch = False, **options: Any) -> Policy:
     """A policy in float32 whose adapters are not zero."""
     torch.manual_seed(1)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = {"quantization": None, "lora": lora, "adapter": None, **options}
     model = load_policy(base, dtype=torch.float32, device=torch.device("cpu"), **arguments)
     wake_adapters(model)
-    return Policy(model, layout)
+    return Policy(model, layout, recompute)
 
 
 def wake_adapters(model: torch.nn.Module, scale: float = 0.02) -> None:

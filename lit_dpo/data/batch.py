@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lit_dpo.data.tokenization import TokenizedPair
+from lit_dpo.objectives import PairLogps
 
 
 class Segment(NamedTuple):
@@ -47,6 +48,7 @@ class PairBatch:
         targets: Id of each response token, (R,).
         segments: Lengths of the parts of each pair, P of them.
         origins: Source and row number of each pair, P of them.
+        keys: Digest of each pair's token ids, P of them.
     """
 
     input_ids: Tensor
@@ -55,6 +57,7 @@ class PairBatch:
     targets: Tensor
     segments: tuple[Segment, ...]
     origins: tuple[tuple[str, int], ...]
+    keys: tuple[bytes, ...]
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> Self:
@@ -81,6 +84,7 @@ class PairBatch:
             targets=torch.tensor(targets),
             segments=tuple(Segment(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs),
             origins=tuple((pair.source, pair.row) for pair in pairs),
+            keys=tuple(pair.key for pair in pairs),
         )
 
     def __len__(self) -> int:
@@ -91,6 +95,13 @@ class PairBatch:
     def response_lengths(self) -> list[int]:
         """Tokens of each response, in the order of ``targets``, 2·P of them."""
         return [length for segment in self.segments for length in (segment.chosen, segment.rejected)]
+
+    def sum_responses(self, logps: Tensor) -> PairLogps:
+        """Sums of the response tokens' log-probs (R,), by response."""
+        # Summed one by one: index_add would sum in another order each time on CUDA.
+        sums = torch.stack([part.sum() for part in logps.split(self.response_lengths)])
+        lengths = torch.tensor(self.response_lengths, device=sums.device)
+        return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
@@ -17,7 +19,7 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.pairs import RowError, read_pair
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 
-FORMAT_VERSION = 1  # raise it when the meaning of the cached columns changes
+FORMAT_VERSION = 2  # raise it when the meaning of the cached columns changes
 FEATURES = Features(
     {
         "prompt": ListOf(Value("int32")),
@@ -25,6 +27,8 @@ FEATURES = Features(
         "rejected": ListOf(Value("int32")),
         "question": Value("string"),  # the last user turn, as written
         "row": Value("int64"),
+        "num_tokens": Value("int32"),
+        "key": Value("binary"),  # TokenizedPair.key
         "reason": Value("string"),  # why the pair is left out, or ""
     }
 )
@@ -52,6 +56,18 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         """One tokenized pair."""
         row = self.columns[self.indices[index]]
         return TokenizedPair(row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
+
+    def keys(self, indices: Sequence[int]) -> list[bytes]:
+        """``TokenizedPair.key`` of some pairs, without reading their tokens."""
+        return self._column("key", indices)
+
+    def num_tokens(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of some pairs, prompt and both responses."""
+        return self._column("num_tokens", indices)
+
+    def _column(self, name: str, indices: Sequence[int]) -> list[Any]:
+        rows = np.array([self.indices[index] for index in indices], np.int64)
+        return self.columns.data.column(name).take(rows).to_pylist()  # type: ignore[no-any-return]
 
     def prompt(self, index: int) -> tuple[str, list[int]]:
         """The last user turn of one pair's prompt, as it was written, and the token ids of the whole prompt."""
@@ -126,10 +142,10 @@ def prepare_pairs(
         num_proc=num_proc,
         desc=f"Tokenizing {source}",
     )
-    left_out: dict[str, list[int]] = defaultdict(list)
+    left_out: dict[str, array[int]] = defaultdict(lambda: array("q"))
     for row, reason in enumerate(columns["reason"]):
         left_out[reason].append(row)
-    kept = left_out.pop("", [])
+    kept = left_out.pop("", array("q"))
     report = [
         f"{source}: left out {len(found)} of {len(rows)} pairs: {reason} (first: row {found[0]})"
         for reason, found in sorted(left_out.items())
@@ -149,14 +165,18 @@ def _prepare_row(
     except RowError as error:
         raise ValueError(f"{source}, row {index}: {error}.") from error
     if isinstance(pair, str) or isinstance(result, str):
-        return {"prompt": [], "chosen": [], "rejected": [], "question": "", "row": index, "reason": str(result)}
+        result, question, reason = TokenizedPair([], [], []), "", str(result)
+    else:
+        question, reason = str(pair.prompt[-1]["content"]), ""
     return {
         "prompt": result.prompt,
         "chosen": result.chosen,
         "rejected": result.rejected,
-        "question": str(pair.prompt[-1]["content"]),
+        "question": question,
         "row": index,
-        "reason": "",
+        "num_tokens": result.num_tokens,
+        "key": result.key,
+        "reason": reason,
     }
 
 

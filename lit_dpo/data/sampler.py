@@ -1,8 +1,9 @@
 """Which pairs, in which order, on which rank: a pure function of (seed, epoch, position)."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 
@@ -11,11 +12,12 @@ class PairSampler(DistributedSampler[list[int]]):
 
     Each epoch's order is a permutation by ``(seed, epoch)``. Global batch k is the k-th run of
     ``num_replicas * batch_size`` pairs of it, and each rank takes its own share: so two ranks with ``batch_size`` B
-    train on what one process with 2·B trains on. A last, incomplete global batch is left out; the permutation leaves
-    out other pairs each epoch. Being a ``DistributedSampler``, it is not replaced by Lightning's own.
+    train on what one process with 2·B trains on. The shares have as many tokens each as can be, for the ranks wait for
+    one another. A last, incomplete global batch is left out; the permutation leaves out other pairs each epoch. Being a
+    ``DistributedSampler``, it is not replaced by Lightning's own.
 
     Args:
-        dataset: The pairs; only their number matters.
+        dataset: The pairs; their number matters, and on several ranks their ``num_tokens``, if they tell them.
         batch_size: Pairs in a batch of one rank.
         num_replicas: Number of ranks.
         rank: This rank.
@@ -50,15 +52,39 @@ class PairSampler(DistributedSampler[list[int]]):
         """Batches in a whole epoch."""
         return self.num_pairs // (self.batch_size * self.num_replicas)
 
+    def order(self, epoch: int) -> Tensor:
+        """All pairs, in the order of an epoch; every ``num_replicas * batch_size`` of them are a global batch."""
+        if not self.shuffle:
+            return torch.arange(self.num_pairs)
+        return torch.randperm(self.num_pairs, generator=torch.Generator().manual_seed(self.seed + epoch))
+
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.num_pairs))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_pairs, generator=generator).tolist()
+        order = self.order(self.epoch)
         epoch, done = self.resume_at
+        size = self.num_replicas * self.batch_size
         for batch in range(done if epoch == self.epoch else 0, len(self)):
-            start = (batch * self.num_replicas + self.rank) * self.batch_size
-            yield order[start : start + self.batch_size]
+            pairs = order[batch * size : (batch + 1) * size].tolist()
+            if self.num_replicas > 1 and hasattr(self.dataset, "num_tokens"):
+                yield share(pairs, self.dataset.num_tokens(pairs), self.num_replicas)[self.rank]
+            else:
+                yield pairs[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+def share(pairs: Sequence[int], num_tokens: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Deals pairs out in shares of as many pairs and, as near as can be, as many tokens: longest first.
+
+    Example:
+        >>> share([0, 1, 2, 3], num_tokens=[90, 80, 20, 10], num_shares=2)
+        [[0, 3], [1, 2]]
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [0] * num_shares
+    for tokens, pair in sorted(zip(num_tokens, pairs, strict=True), reverse=True):
+        room = [number for number in range(num_shares) if len(shares[number]) < len(pairs) // num_shares]
+        least = min(room, key=totals.__getitem__)
+        shares[least].append(pair)
+        totals[least] += tokens
+    return shares
 
 
 class EvalSampler(DistributedSampler[list[int]]):

@@ -1,6 +1,8 @@
 """PreferencePair ──► TokenizedPair: the chat template rendered once, one boundary, one rule of truncation."""
 
+import hashlib
 import os.path
+from array import array
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -20,6 +22,18 @@ class TokenizedPair:
     rejected: list[int]
     source: str = ""  # where the pair came from, for messages
     row: int = -1  # counted from 0 in the source
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and both responses."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def key(self) -> bytes:
+        """A digest of the three parts' token ids, 16 bytes: all that log-probs depend on besides the model."""
+        parts = (self.prompt, self.chosen, self.rejected)
+        ids = array("q", [*map(len, parts), *self.prompt, *self.chosen, *self.rejected])
+        return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

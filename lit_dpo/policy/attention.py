@@ -1,9 +1,9 @@
 """Attention over the flat layout of ``PairBatch``, registered with transformers as ``lit_dpo``.
 
-A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else: causal attention
-over prompt + chosen, and over prompt + rejected. Which tokens those are is laid out once a batch (``Layout``); each layer
-then gathers and calls the hardware's best kernel. Where the forward carries no ``layout`` (generation, padded rows),
-transformers' own SDPA is used.
+A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else: causal
+attention over prompt + chosen, and over prompt + rejected. Which tokens those are is laid out once a batch
+(``AttentionLayout``); each layer then gathers and calls the hardware's best kernel. Where the forward carries no
+``layout`` (generation, padded rows), transformers' own SDPA is used.
 """
 
 import math
@@ -93,8 +93,8 @@ class AttentionLayout:
         for size in sizes:
             members = order[start : start + size]
             longest = lengths[members[-1]]
-            for row in members:  # padding repeats a token: being last, it is never seen
-                places.append(torch.cat([rows[row], rows[row][-1:].expand(longest - lengths[row])]))
+            # Padding repeats a token: being last, it is never seen.
+            places += [torch.cat([rows[row], rows[row][-1:].expand(longest - lengths[row])]) for row in members]
             groups.append((size, longest))
             start += size
         offsets = [0] * len(rows)
@@ -238,9 +238,7 @@ def _padded_groups(
     for (rows, length), *tensors in zip(groups, *parts, strict=True):
         q, k, v = (tensor.view(rows, length, -1, width).transpose(1, 2) for tensor in tensors)
         mask = None if window is None or window >= length else _band(length, window, query.device)
-        output = scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
+        output = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).reshape(rows * length, heads, width))
     return torch.cat(outputs).index_select(0, gather.first)
 
@@ -252,6 +250,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     module: nn.Module,
     query: Tensor,
@@ -279,8 +278,8 @@ def _forward(
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    rows = (part[0].transpose(0, 1) for part in (query, key, value))
-    return flat_attention(*rows, layout, scale=scale, window=kwargs.get("sliding_window"))[None], None
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return flat_attention(query, key, value, layout, scale=scale, window=kwargs.get("sliding_window"))[None], None
 
 
 AttentionInterface.register(NAME, _forward)

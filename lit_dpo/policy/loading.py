@@ -121,14 +121,6 @@ def load_policy(
     return peft_model.train()
 
 
-def checkpoint_activations(model: PeftModel) -> None:
-    """Recomputes each layer's activations in the backward pass instead of keeping them."""
-    causal_lm = model.get_base_model()
-    name = "activation_checkpointing_enable"  # transformers 5.23 renamed gradient_checkpointing_enable
-    enable = getattr(causal_lm, name if hasattr(causal_lm, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
-
-
 def _disable_dropout(model: nn.Module) -> None:
     """Switches off every dropout: it would make policy and reference differ by noise."""
     for module in model.modules():

@@ -1,8 +1,8 @@
 """Base product and low-rank update of a LoRA layer in one autograd function, in place of PEFT's chain of them.
 
-PEFT clones the base's output, then multiplies, scales and adds: five tensors the size of the output, each kept or copied.
-Here the update is added into the base's product by the matrix multiplication itself, and all that is kept for the backward
-is the input and its r numbers a token. The layers stay PEFT's own: what this does not cover goes its way.
+PEFT clones the base's output, then multiplies, scales and adds: five tensors the size of the output, each kept or
+copied. Here the update is added into the base's product by the matrix multiplication itself, and all that is kept for
+the backward is the input and its r numbers a token. The layers stay PEFT's own: what this does not cover goes its way.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ def fuse_adapters(model: PeftModel) -> None:
     """Makes every LoRA layer on a plain or 4-bit linear layer compute itself in one function."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit):
-            module.forward = partial(_forward, module, module.forward)  # type: ignore[assignment]
+            module.forward = partial(_forward, module, module.forward)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a LoRA layer: fused if it is a plain one with at most one adapter at work, else PEFT's."""
     adapters = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]

@@ -13,6 +13,7 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
 from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttentionError
+from lit_dpo.policy.execution import Recomputation, Switch
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.logprobs import gather_logps, token_logps
 
@@ -26,14 +27,16 @@ class Policy(nn.Module):
         model: The PEFT model.
         layout: ``flat``, each prompt once and no padding; ``padded``, separate rows through the model's own forward;
             ``auto``, flat if a few tokens give the same log-probs both ways, else padded with a warning.
+        recompute: Whether layers recompute their activations in the backward pass; ``auto``, where memory is short.
 
     Raises:
         ValueError: If ``layout`` is ``flat`` and the architecture cannot be served so.
     """
 
-    def __init__(self, model: PeftModel, layout: Layout = "auto") -> None:
+    def __init__(self, model: PeftModel, layout: Layout = "auto", recompute: Switch = "auto") -> None:
         super().__init__()
         self.model = model
+        self.recomputation = Recomputation(model, recompute)
         self.flat = layout != "padded"
         if not self.flat:
             return
@@ -46,11 +49,14 @@ class Policy(nn.Module):
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Summed log-probs of both responses of P pairs, in nats."""
-        logps = self._flat_logps(batch) if self.flat else self._padded_logps(batch)
-        # Summed one by one: index_add would sum in another order each time on CUDA.
-        sums = torch.stack([part.sum() for part in logps.split(batch.response_lengths)])
-        lengths = torch.tensor(batch.response_lengths, device=sums.device)
-        return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+        return batch.sum_responses(self.token_logps(batch))
+
+    def token_logps(self, batch: PairBatch) -> Tensor:
+        """Log-prob of each response token, (R,), in nats."""
+        if torch.is_grad_enabled():
+            device = batch.input_ids.device
+            self.recomputation.prepare(self._num_computed(batch), device, lambda: self._probe(device))
+        return self._flat_logps(batch) if self.flat else self._padded_logps(batch)
 
     @contextmanager
     def initial(self) -> Iterator[None]:
@@ -88,15 +94,30 @@ class Policy(nn.Module):
         logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
         return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets)
 
+    def _num_computed(self, batch: PairBatch) -> int:
+        """Tokens that a forward computes."""
+        return batch.input_ids.numel() if self.flat else batch.padded().input_ids.numel()
+
+    def _probe(self, device: torch.device) -> int:
+        """Computes a small batch, and tells of how many tokens."""
+        batch = self._small_batch(device)
+        (self._flat_logps if self.flat else self._padded_logps)(batch)
+        return self._num_computed(batch)
+
+    def _small_batch(self, device: torch.device) -> PairBatch:
+        """Two made-up pairs."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(40, 91).remainder(vocabulary).tolist()
+        pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
+        return PairBatch.from_pairs(pairs).to(device)
+
     @torch.no_grad()
     def _flat_fails(self) -> str | None:
         """Switches to attention over the flat row, if that gives the model's own log-probs; else returns why not."""
         causal_lm: Any = self.model.get_base_model()
         own_attention = causal_lm.config._attn_implementation
         embeddings = causal_lm.get_input_embeddings().weight
-        ids = torch.arange(40, 91).remainder(len(embeddings)).tolist()
-        pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
-        batch = PairBatch.from_pairs(pairs).to(embeddings.device)
+        batch = self._small_batch(embeddings.device)
         padded = self._padded_logps(batch)
         try:
             causal_lm.set_attn_implementation(NAME)

@@ -1,10 +1,58 @@
-"""Where reference log-probs come from: the initial policy, which the adapters left untouched."""
+"""Where reference log-probs come from: the initial policy, computed as they are needed, or once and kept on disk.
+
+They are kept a token a number, under the digest of the pair's token ids, in a folder named by all else that they
+depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products.
+Objective, learning rate, epochs, filters and output folder are not among it, nor are source, tokenizer, chat template
+and truncation, which the token ids hold already. So whatever changes a number changes its address, and every run that
+needs it finds it.
+"""
 
 import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
+from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.policy import Policy
+
+KEY = np.dtype("S16")  # of TokenizedPair.key
+BATCH_TOKENS = 8192  # of a batch of the reference pass
+SHARD_SECONDS, SHARD_PAIRS = 30.0, 4096  # at most so much is lost to an interruption
+
+
+class Reference(Protocol):
+    """Anything that gives the log-probs that a policy is held against."""
+
+    def logps(self, batch: PairBatch) -> PairLogps:
+        """Log-probs of P pairs, without gradients."""
+
+
+class Pairs(Protocol):
+    """Tokenized pairs by index, their keys and sizes without their tokens."""
+
+    def pair(self, index: int) -> TokenizedPair:
+        """One pair."""
+
+    def keys(self, indices: Sequence[int]) -> list[bytes]:
+        """``TokenizedPair.key`` of each."""
+
+    def num_tokens(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of each."""
 
 
 class InitialPolicy:
@@ -16,19 +64,206 @@ class InitialPolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._remembered: dict[bytes, PairLogps] = {}
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
-        with self.policy.initial():
-            return self.policy.logps(batch)
+        return batch.sum_responses(self.token_logps(batch))
 
-    def remembered_logps(self, batch: PairBatch) -> PairLogps:
-        """The same, computed once for each batch of the same pairs in the same order: for evaluation, run after run."""
-        digest = hashlib.blake2b(repr(batch.segments).encode(), digest_size=16)
-        digest.update(batch.input_ids.cpu().numpy().tobytes())
-        key = digest.digest()
-        if key not in self._remembered:
-            self._remembered[key] = PairLogps(*(part.cpu() for part in self.logps(batch)))
-        device = batch.input_ids.device
-        return PairLogps(*(part.to(device) for part in self._remembered[key]))
+    def token_logps(self, batch: PairBatch) -> Tensor:
+        """Log-prob of each response token, (R,), in nats."""
+        with self.policy.initial():
+            return self.policy.token_logps(batch)
+
+    def identity(self, dtype: torch.dtype) -> str:
+        """A digest of all that its log-probs depend on, with matrix products in ``dtype``, besides the token ids."""
+        model = self.policy.model
+        settings = {
+            "products": str(dtype),
+            "config": {
+                name: value
+                for name, value in model.get_base_model().config.to_dict().items()
+                if not name.startswith("_") and name not in ("transformers_version", "use_cache", "quantization_config")
+            },
+            "adapter": {
+                name: value
+                for name, value in model.peft_config[REFERENCE_ADAPTER].to_dict().items()
+                if "path" not in name and name != "revision"
+            }
+            if REFERENCE_ADAPTER in model.peft_config
+            else None,
+        }
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=_plain).encode(), digest_size=16)
+        for name, tensor in sorted(model.state_dict().items()):
+            if ".default." not in name:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class CachedReference:
+    """The initial policy's log-probs on disk; what is not there yet is computed and put there.
+
+    Each file holds the keys and token log-probs of some pairs, is written whole and then moved to its place, and
+    carries the digest of its content as its name: one that is damaged is noticed, removed and computed again.
+
+    Args:
+        initial: What computes them.
+        folder: Where they are, for this very reference.
+    """
+
+    def __init__(self, initial: InitialPolicy, folder: Path) -> None:
+        self.initial, self.folder = initial, folder
+        self._shards: dict[str, Any] = {}  # open files
+        self._keys = np.empty(0, KEY)  # sorted
+        self._places = np.empty((0, 3), np.int64)  # of each key: its file, and where its log-probs begin and end
+        self._new: dict[bytes, Tensor] = {}  # not on disk yet
+        self._saved = time.monotonic()
+        self._read()
+
+    def __len__(self) -> int:
+        """Pairs that are known."""
+        return len(self._keys) + len(self._new)
+
+    def logps(self, batch: PairBatch) -> PairLogps:
+        """Log-probs of P pairs, without gradients."""
+        found = [self._find(key) for key in batch.keys]
+        known = [logps for logps in found if logps is not None]
+        tokens = torch.cat(known).to(batch.input_ids.device) if len(known) == len(found) else self._compute(batch)
+        return batch.sum_responses(tokens)
+
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Which of some pairs, by their position, are not known."""
+        wanted = np.array(keys, KEY)
+        place = np.searchsorted(self._keys, wanted).clip(max=max(len(self._keys) - 1, 0))
+        known = self._keys[place] == wanted if len(self._keys) else np.zeros(len(wanted), bool)
+        return [index for index in np.flatnonzero(~known).tolist() if keys[index] not in self._new]
+
+    def fill(
+        self,
+        pairs: Pairs,
+        indices: Sequence[int],
+        *,
+        shares: Sequence[tuple[int, int]] = ((0, 1),),
+        barrier: Callable[[], Any] = lambda: None,
+    ) -> int:
+        """Computes what is missing, in batches of pairs of similar length, with a progress bar.
+
+        Args:
+            pairs: The pairs.
+            indices: Which of them; the same on all processes.
+            shares: This process's share of the work as (number, of how many): among all processes, then, for processes
+                that do not share a disk, among those of one machine.
+            barrier: Waits for the other processes.
+
+        Returns:
+            Number of pairs that this process computed.
+        """
+        computed = 0
+        keys = pairs.keys(indices)
+        for number, parts in shares:
+            missing = [indices[position] for position in self.missing(keys)]
+            batches = list(_by_length(missing, pairs.num_tokens(missing)))[number::parts]
+            total = sum(map(len, batches))
+            try:
+                with tqdm(total=total, desc="Reference log-probs", unit="pair", disable=number > 0 or not total) as bar:
+                    for batch in batches:
+                        self._compute(PairBatch.from_pairs([pairs.pair(index) for index in batch]).to(self._device))
+                        bar.update(len(batch))
+            finally:
+                self.save()
+            computed += total
+            barrier()
+            self._read()
+        return computed
+
+    def save(self) -> None:
+        """Writes what is new to a file of its own."""
+        self._saved = time.monotonic()
+        if not self._new:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = save(
+            {
+                "keys": torch.frombuffer(bytearray(b"".join(self._new)), dtype=torch.uint8).view(-1, KEY.itemsize),
+                "lengths": torch.tensor([len(logps) for logps in self._new.values()]),
+                "logps": torch.cat(list(self._new.values())),
+            }
+        )
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(self.folder / f"{_digest(content)}.safetensors")
+        self._new = {}
+        self._read()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.initial.policy.parameters()).device
+
+    def _compute(self, batch: PairBatch) -> Tensor:
+        """Log-probs of the batch's response tokens, (R,), remembered by pair."""
+        logps = self.initial.token_logps(batch)
+        lengths = [segment.chosen + segment.rejected for segment in batch.segments]
+        self._new |= zip(batch.keys, logps.cpu().clone().split(lengths), strict=True)
+        if len(self._new) >= SHARD_PAIRS or time.monotonic() - self._saved > SHARD_SECONDS:
+            self.save()
+        return logps
+
+    def _find(self, key: bytes) -> Tensor | None:
+        if key in self._new:
+            return self._new[key]
+        wanted = np.array(key, KEY)
+        index = int(np.searchsorted(self._keys, wanted))
+        if index == len(self._keys) or self._keys[index] != wanted:
+            return None
+        file, start, end = self._places[index].tolist()
+        shard = list(self._shards.values())[file]
+        logps: Tensor = shard.get_slice("logps")[start:end]
+        return logps
+
+    def _read(self) -> None:
+        """Takes up the files that have come into the folder since."""
+        keys, places = [self._keys], [self._places]
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._shards:
+                continue
+            try:
+                if _digest(path.read_bytes()) != path.stem:
+                    raise ValueError("its content is not what was written")
+                shard = safe_open(path, "pt")
+                ends = shard.get_tensor("lengths").cumsum(0).numpy()
+                found = shard.get_tensor("keys").numpy().copy().view(KEY)[:, 0]
+            except (OSError, ValueError, SafetensorError) as error:
+                warnings.warn(f"{path} is damaged ({error}); its pairs are computed again.", stacklevel=2)
+                path.unlink(missing_ok=True)
+                continue
+            places.append(np.stack([np.full_like(ends, len(self._shards)), np.r_[0, ends[:-1]], ends], 1))
+            keys.append(found)
+            self._shards[path.name] = shard
+        if len(keys) > 1:
+            self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+            self._places = np.concatenate(places)[first]
+
+
+def _by_length(indices: Sequence[int], num_tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Batches of at most ``BATCH_TOKENS`` tokens, or of a single longer pair, the longest pairs first."""
+    batch: list[int] = []
+    tokens = 0
+    for length, index in sorted(zip(num_tokens, indices, strict=True), reverse=True):
+        if batch and tokens + length > BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += length
+    if batch:
+        yield batch
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: sets, in an order, and names of everything else."""
+    return sorted(value) if isinstance(value, set) else str(value)

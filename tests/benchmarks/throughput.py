@@ -1,7 +1,7 @@
 """Speed and memory against TRL: ``python -m tests.benchmarks.throughput --against trl --data FILE.jsonl``.
 
-Each side runs in a process of its own, in turns, on the same pairs in the same order. Prints JSON lines: one a run, then
-one with the ratios, each the median over the rounds.
+Each side runs in a process of its own, in turns, on the same pairs in the same order. Prints JSON lines: one a run,
+then one with the ratios, each the median over the rounds.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,7 +35,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--base", default=EMBEDDED)
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), help="random weights of this shape as the base")
+    parser.add_argument(
+        "--architecture", choices=sorted(ARCHITECTURES), help="random weights of this shape as the base"
+    )
     parser.add_argument("--precision", choices=["bf16-mixed", "16-mixed", "32-true"], default="bf16-mixed")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)

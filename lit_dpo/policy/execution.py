@@ -1,0 +1,88 @@
+"""How the layers run: recomputed in the backward where memory is short, compiled where it pays. No number changes."""
+
+import shutil
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Switch: TypeAlias = bool | Literal["auto"]
+USABLE = 0.7  # of the free memory, for activations; the rest is for what their measure leaves out
+PAYS_AFTER = 500  # batches: compiling takes as long as some two hundred batches of a small model save
+
+
+class Recomputation:
+    """Decides, batch by batch, whether layers keep their activations or recompute them in the backward pass.
+
+    Args:
+        model: The model.
+        mode: Always, never, or ``auto``: for a batch whose activations would not fit into the memory that is free.
+    """
+
+    def __init__(self, model: PeftModel, mode: Switch) -> None:
+        self.mode = mode
+        self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._bytes_per_token: float | None = None
+        if mode is True or (mode == "auto" and self.layers):
+            enable = model.get_base_model()
+            name = "activation_checkpointing_enable"  # transformers 5.23 renamed gradient_checkpointing_enable
+            getattr(enable, name if hasattr(enable, name) else "gradient_checkpointing_enable")(
+                {"use_reentrant": False}
+            )
+        if mode == "auto":
+            self._switch(False)
+
+    def prepare(self, num_tokens: int, device: torch.device, probe: Callable[[], int]) -> None:
+        """Switches recomputation on or off for a batch, if it is to be decided.
+
+        Args:
+            num_tokens: Tokens of the batch.
+            device: Where it is computed.
+            probe: Computes something small with gradients, and returns of how many tokens; called once.
+        """
+        if self.mode != "auto" or not self.layers:
+            return
+        if self._bytes_per_token is None:
+            self._switch(False)
+            kept: dict[int, int] = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                if not isinstance(tensor, torch.nn.Parameter):
+                    kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            cuda = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(cuda), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                tokens = probe()  # which must not draw from the generators that a resumed run goes on with
+            self._bytes_per_token = sum(kept.values()) / tokens
+        self._switch(self._bytes_per_token * num_tokens > USABLE * _free_memory(device))
+
+    def _switch(self, on: bool) -> None:
+        for layer in self.layers:
+            layer.gradient_checkpointing = on
+
+
+def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> bool:
+    """Whether to compile: as asked, or for ``auto`` on a CPU with a C++ compiler in a run that is long enough."""
+    if mode != "auto":
+        return mode
+    return device.type == "cpu" and shutil.which("g++") is not None and num_batches >= PAYS_AFTER
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Fuses the elementwise work of the layers, for batches of any length; products and attention stay as they are."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
