@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lit_dpo.policy.lora import gated_product
+
 Switch: TypeAlias = bool | Literal["auto"]
 USABLE = 0.7  # of the free memory, for activations; the rest is for what their measure leaves out
 PAYS_AFTER = 500  # batches: compiling takes as long as some two hundred batches of a small model save
@@ -75,7 +77,10 @@ def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> 
 
 def compile_layers(model: PeftModel) -> None:
     """Fuses the elementwise work of the layers, for batches of any length; products and attention stay as they are."""
+    product = torch.compile(gated_product, dynamic=True)
     for module in model.modules():
+        if hasattr(module, "gated_product"):
+            module.gated_product = product
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
 
