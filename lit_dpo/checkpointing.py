@@ -65,7 +65,8 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
     Raises:
         ValueError: If the objective does not keep an argument under its own name.
     """
-    names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "layout", "gguf_file", "revision")
+    names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout")
+    names += ("gguf_file", "revision", "trust_remote_code")
     renamed = {"reference": module.reference_kind, "compile": module.compilation}
     objective = type(module.objective)
     parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]
@@ -75,7 +76,7 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
     if isinstance(quantization, BitsAndBytesConfig):
         quantization = _plain_fields(quantization, BitsAndBytesConfig())
     return {
-        **{name: getattr(module, name) for name in (*names, "trust_remote_code")},
+        **{name: getattr(module, name) for name in names},
         **renamed,
         "objective": {
             "class_path": _path(objective),

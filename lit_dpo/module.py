@@ -26,7 +26,7 @@ from lit_dpo.checkpointing import (
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.objectives import Objective, Sigmoid
-from lit_dpo.policy.execution import Switch, compilation_pays, compile_layers
+from lit_dpo.policy.execution import Switch, compilation_pays
 from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
 from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import CachedReference, InitialPolicy, Reference
@@ -57,6 +57,7 @@ class DPOModule(LightningModule):
             ``auto`` does so for batches that would not fit otherwise.
         compile: Compile the layers: less time and memory once it is done, same numbers but for rounding; ``auto`` does
             so on a CPU for runs of 500 batches or more, where there is a C++ compiler.
+        token_metrics: Log ``entropy`` and ``mean_token_accuracy`` too, at the price of more passes over the vocabulary.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
         gguf_file: Name of a GGUF file inside a hub repository.
@@ -71,7 +72,6 @@ class DPOModule(LightningModule):
     """
 
     policy: Policy  # from configure_model on
-    reference: Reference
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class DPOModule(LightningModule):
         reference: Literal["cached", "live"] = "cached",
         gradient_checkpointing: Switch = "auto",
         compile: Switch = "auto",  # noqa: A002
+        token_metrics: bool = False,
         layout: Layout = "auto",
         gguf_file: str | None = None,
         revision: str | None = None,
@@ -102,7 +103,7 @@ class DPOModule(LightningModule):
         self.quantization = BitsAndBytesConfig(**NF4) if quantization == "nf4" else quantization
         self.lora, self.adapter = lora, adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
-        self.reference_kind, self.layout = reference, layout
+        self.reference_kind, self.layout, self.token_metrics = reference, layout, token_metrics
         self.gradient_checkpointing, self.compilation = gradient_checkpointing, compile
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
@@ -191,17 +192,28 @@ class DPOModule(LightningModule):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
-        self.policy = Policy(model, self.layout, self.gradient_checkpointing)
-        self.reference = InitialPolicy(self.policy)
-        if self.reference_kind == "cached":
-            folder = cache_dir() / "reference" / self.reference.identity(dtype)
-            self.reference = CachedReference(self.reference, folder)
+        self.policy = Policy(model, self.layout, self.gradient_checkpointing, self.token_metrics)
+        self._product_type = dtype
         trainable, total = model.get_nb_trainable_parameters()
         weights, layout = _type_name(self.quantization, dtype), "flat" if self.policy.flat else "padded"
         rank_zero_info(
             f"Policy: {self.base}, {trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, "
             f"base in {weights}, {layout} layout."
         )
+
+    def on_fit_start(self) -> None:
+        """Compiles the layers if the run is long enough to win by it, before the reference computes anything with them."""
+        num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+        if compilation_pays(self.compilation, self.model.device, num_batches):
+            self.policy.compile_layers()
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What the policy is held against: the policy as it was at the start."""
+        initial = InitialPolicy(self.policy)
+        if self.reference_kind == "live":
+            return initial
+        return CachedReference(initial, cache_dir() / "reference" / initial.identity(self._product_type))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -239,8 +251,8 @@ class DPOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Keeps on disk what came from other loaders."""
-        if "policy" in self._modules and isinstance(self.reference, CachedReference):
-            self.reference.save()
+        if isinstance(reference := vars(self).get("reference"), CachedReference):
+            reference.save()
 
     # --- logging ---------------------------------------------------------------------------------------------------
 
@@ -311,9 +323,6 @@ class DPOModule(LightningModule):
         """Goes on from a checkpoint with its random generators, but with this run's optimizer settings."""
         self.train()
         fill_reference(self.trainer, self.reference)
-        num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
-        if compilation_pays(self.compilation, self.device, num_batches):
-            compile_layers(self.model)
         if self._random_states is None:
             return
         if self.global_rank < len(self._random_states):

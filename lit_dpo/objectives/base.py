@@ -6,6 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class TokenStatistics(NamedTuple):
+    """What a policy's distribution p was like at each of R response tokens, without gradients."""
+
+    entropy: Tensor  # (R,) nats
+    top1: Tensor  # (R,) 1 where the token was the most likely one, else 0
+    log_sum_squares: Tensor  # (R,) log Σ p²
+
+
 class PairLogps(NamedTuple):
     """Log-probabilities of the responses of P pairs, in nats."""
 
@@ -13,6 +21,7 @@ class PairLogps(NamedTuple):
     rejected: Tensor  # (P,)
     chosen_lengths: Tensor  # (P,) response tokens
     rejected_lengths: Tensor  # (P,)
+    statistics: TokenStatistics | None = None  # if asked for; pairs in order, chosen before rejected
 
 
 class Rewards(NamedTuple):

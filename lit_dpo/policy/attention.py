@@ -25,6 +25,9 @@ from lit_dpo.data.batch import Segment
 NAME = "lit_dpo"
 # What one more SDPA call costs, in scores computed needlessly: a group of rows padded to the longest saves calls.
 CALL_COST = {"cpu": 2e4, "cuda": 2e6}
+# Padded lengths are multiples of this: the vectors of a CPU's kernels then end where the row does, and a pair's numbers
+# are the same to the last bit in whatever batch it is.
+ROW_MULTIPLE = 32
 
 
 class UnsupportedAttentionError(NotImplementedError):
@@ -92,7 +95,7 @@ class AttentionLayout:
         groups, places, start = [], [], 0
         for size in sizes:
             members = order[start : start + size]
-            longest = lengths[members[-1]]
+            longest = math.ceil(lengths[members[-1]] / ROW_MULTIPLE) * ROW_MULTIPLE
             # Padding repeats a token: being last, it is never seen.
             places += [torch.cat([rows[row], rows[row][-1:].expand(longest - lengths[row])]) for row in members]
             groups.append((size, longest))

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import psutil
 import torch
@@ -77,12 +77,15 @@ def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> 
 
 def compile_layers(model: PeftModel) -> None:
     """Fuses the elementwise work of the layers, for batches of any length; products and attention stay as they are."""
-    product = torch.compile(gated_product, dynamic=True)
+    # Rounding where eager execution rounds: else what is kept for the backward changes the forward, and in bfloat16 the
+    # policy would not be the reference at the start.
+    options: dict[str, Any] = {"dynamic": True, "options": {"emulate_precision_casts": True}}
+    product = torch.compile(gated_product, **options)
     for module in model.modules():
         if hasattr(module, "gated_product"):
             module.gated_product = product
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
+            module.compile(**options)
 
 
 def _free_memory(device: torch.device) -> int:

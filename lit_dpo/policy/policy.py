@@ -7,15 +7,15 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
 from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttentionError
-from lit_dpo.policy.execution import Recomputation, Switch
+from lit_dpo.policy.execution import Recomputation, Switch, compile_layers
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
-from lit_dpo.policy.logprobs import gather_logps, token_logps
+from lit_dpo.policy.logprobs import TokenLogps, gather_logps, token_logps
 
 Layout: TypeAlias = Literal["auto", "flat", "padded"]
 
@@ -27,16 +27,20 @@ class Policy(nn.Module):
         model: The PEFT model.
         layout: ``flat``, each prompt once and no padding; ``padded``, separate rows through the model's own forward;
             ``auto``, flat if a few tokens give the same log-probs both ways, else padded with a warning.
+        statistics: Whether ``logps`` tells entropy and the like of each response token.
         recompute: Whether layers recompute their activations in the backward pass; ``auto``, where memory is short.
 
     Raises:
         ValueError: If ``layout`` is ``flat`` and the architecture cannot be served so.
     """
 
-    def __init__(self, model: PeftModel, layout: Layout = "auto", recompute: Switch = "auto") -> None:
+    def __init__(
+        self, model: PeftModel, layout: Layout = "auto", recompute: Switch = "auto", statistics: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.statistics = model, statistics
         self.recomputation = Recomputation(model, recompute)
+        self.compiled = False
         self.flat = layout != "padded"
         if not self.flat:
             return
@@ -49,14 +53,20 @@ class Policy(nn.Module):
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Summed log-probs of both responses of P pairs, in nats."""
-        return batch.sum_responses(self.token_logps(batch))
+        logps, statistics = self.token_logps(batch, self.statistics)
+        return batch.sum_responses(logps)._replace(statistics=statistics)
 
-    def token_logps(self, batch: PairBatch) -> Tensor:
-        """Log-prob of each response token, (R,), in nats."""
+    def token_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
+        """Log-prob of each response token, (R,), in nats, and, if asked for, statistics of its distribution."""
         if torch.is_grad_enabled():
             device = batch.input_ids.device
             self.recomputation.prepare(self._num_computed(batch), device, lambda: self._probe(device))
-        return self._flat_logps(batch) if self.flat else self._padded_logps(batch)
+        return self._flat_logps(batch, statistics) if self.flat else self._padded_logps(batch, statistics)
+
+    def compile_layers(self) -> None:
+        """Fuses the elementwise work of the layers; costs half a minute at the first batches."""
+        compile_layers(self.model)
+        self.compiled = True
 
     @contextmanager
     def initial(self) -> Iterator[None]:
@@ -75,8 +85,8 @@ class Policy(nn.Module):
             finally:
                 self.model.set_adapter("default")
 
-    def _flat_logps(self, batch: PairBatch) -> Tensor:
-        """Log-prob of each response token, (R,), from the flat row."""
+    def _flat_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
+        """Log-probs from the flat row."""
         causal_lm: Any = self.model.get_base_model()
         hidden = causal_lm.base_model(
             input_ids=batch.input_ids[None],
@@ -86,13 +96,13 @@ class Policy(nn.Module):
             use_cache=False,
             layout=AttentionLayout(batch.segments, batch.input_ids.device),
         ).last_hidden_state[0]
-        return token_logps(hidden[batch.predictors], batch.targets, causal_lm.get_output_embeddings())
+        return token_logps(hidden[batch.predictors], batch.targets, causal_lm.get_output_embeddings(), statistics)
 
-    def _padded_logps(self, batch: PairBatch) -> Tensor:
-        """Log-prob of each response token, (R,), from separate rows and the model's own logits."""
+    def _padded_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
+        """Log-probs from separate rows and the model's own logits."""
         rows = batch.padded()
         logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
-        return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets)
+        return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets, statistics)
 
     def _num_computed(self, batch: PairBatch) -> int:
         """Tokens that a forward computes."""
@@ -118,10 +128,10 @@ class Policy(nn.Module):
         own_attention = causal_lm.config._attn_implementation
         embeddings = causal_lm.get_input_embeddings().weight
         batch = self._small_batch(embeddings.device)
-        padded = self._padded_logps(batch)
+        padded = self._padded_logps(batch).logps
         try:
             causal_lm.set_attn_implementation(NAME)
-            flat = self._flat_logps(batch)
+            flat = self._flat_logps(batch).logps
             # Scaling or soft-capping after the head would escape log-probs that are computed from the head alone.
             row = batch.input_ids[None, :20]
             own = causal_lm(input_ids=row, use_cache=False).logits

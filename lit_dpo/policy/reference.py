@@ -1,10 +1,10 @@
 """Where reference log-probs come from: the initial policy, computed as they are needed, or once and kept on disk.
 
 They are kept a token a number, under the digest of the pair's token ids, in a folder named by all else that they
-depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products.
-Objective, learning rate, epochs, filters and output folder are not among it, nor are source, tokenizer, chat template
-and truncation, which the token ids hold already. So whatever changes a number changes its address, and every run that
-needs it finds it.
+depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products and the
+kernels, by whose rounding the log-probs of whole answers differ by a nat in bfloat16. Objective, learning rate, epochs,
+filters and output folder are not among it, nor are source, tokenizer, chat template and truncation, which the token ids
+hold already. So whatever changes a number changes its address, and every run that needs it finds it.
 """
 
 import hashlib
@@ -72,13 +72,14 @@ class InitialPolicy:
     def token_logps(self, batch: PairBatch) -> Tensor:
         """Log-prob of each response token, (R,), in nats."""
         with self.policy.initial():
-            return self.policy.token_logps(batch)
+            return self.policy.token_logps(batch).logps
 
     def identity(self, dtype: torch.dtype) -> str:
-        """A digest of all that its log-probs depend on, with matrix products in ``dtype``, besides the token ids."""
+        """A digest of all that its log-probs depend on besides the token ids, with matrix products in ``dtype``."""
         model = self.policy.model
         settings = {
             "products": str(dtype),
+            "kernels": [model.device.type, self.policy.flat, self.policy.compiled],
             "config": {
                 name: value
                 for name, value in model.get_base_model().config.to_dict().items()

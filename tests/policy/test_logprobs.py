@@ -25,7 +25,7 @@ def problem(
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_a_slow_loop(bias: bool, trainable: bool) -> None:
     hidden, targets, head = problem(bias, trainable)
-    for row, logp in enumerate(token_logps(hidden, targets, head).tolist()):
+    for row, logp in enumerate(token_logps(hidden, targets, head).logps.tolist()):
         logits = [
             sum(w * h for w, h in zip(weights, hidden[row].tolist(), strict=True))
             + (head.bias[index].item() if bias else 0)
@@ -39,12 +39,12 @@ def test_equals_a_slow_loop(bias: bool, trainable: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_equals_finite_differences(bias: bool, trainable: bool) -> None:
     hidden, targets, head = problem(bias, trainable)
-    assert torch.autograd.gradcheck(lambda h: token_logps(h, targets, head), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: token_logps(h, targets, head).logps, (hidden,))
 
 
 def test_a_trainable_head_gets_its_gradient() -> None:
     hidden, targets, head = problem(bias=True, trainable=True)
-    token_logps(hidden, targets, head).sum().backward()
+    token_logps(hidden, targets, head).logps.sum().backward()
     expected = torch.autograd.grad(
         torch.log_softmax(head(hidden), -1).gather(1, targets[:, None]).sum(), list(head.parameters())
     )
@@ -53,7 +53,7 @@ def test_a_trainable_head_gets_its_gradient() -> None:
 
 def test_half_precision_is_summed_in_float32() -> None:
     hidden, targets, head = problem(bias=False, trainable=False, dtype=torch.bfloat16)
-    logps = token_logps(hidden, targets, head)
+    logps = token_logps(hidden, targets, head).logps
     assert logps.dtype == torch.float32
     logps.sum().backward()
     assert hidden.grad is not None
@@ -65,12 +65,12 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_autocast_chooses_the_type_of_the_products() -> None:
     hidden, targets, head = problem(bias=False, trainable=False, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        half = token_logps(hidden, targets, head)
+        half = token_logps(hidden, targets, head).logps
     assert half.dtype == torch.float32
-    assert 0 < (half - token_logps(hidden, targets, head)).abs().max() < 0.05
+    assert 0 < (half - token_logps(hidden, targets, head).logps).abs().max() < 0.05
 
 
 def test_nothing_is_kept_without_gradients() -> None:
     hidden, targets, head = problem(bias=False, trainable=False)
     with torch.no_grad():
-        assert token_logps(hidden, targets, head).grad_fn is None
+        assert token_logps(hidden, targets, head).logps.grad_fn is None
