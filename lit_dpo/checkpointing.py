@@ -65,8 +65,8 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
     Raises:
         ValueError: If the objective does not keep an argument under its own name.
     """
-    names = ("base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout")
-    names += ("gguf_file", "revision", "trust_remote_code")
+    names = ["base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout"]
+    names += ["gguf_file", "revision", "trust_remote_code"]
     renamed = {"reference": module.reference_kind, "compile": module.compilation}
     objective = type(module.objective)
     parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]

@@ -202,7 +202,7 @@ class DPOModule(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """Compiles the layers if the run is long enough to win by it, before the reference computes anything with them."""
+        """Compiles the layers if the run is long enough to win by it, before the reference uses them."""
         num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
         if compilation_pays(self.compilation, self.model.device, num_batches):
             self.policy.compile_layers()

@@ -57,7 +57,7 @@ def test_the_first_loss_is_ln_2(tiny_base: str, pairs_file: str, quantization: A
 
 
 def test_the_reference_is_bit_identical_after_training(tiny_base: str, pairs_file: str) -> None:
-    model, datamodule = module(tiny_base, quantization="nf4"), data(pairs_file)
+    model, datamodule = module(tiny_base, quantization="nf4", reference="live"), data(pairs_file)
     model.build_policy(torch.float32, torch.device("cpu"))
     datamodule.tokenizer = model.tokenizer
     datamodule.setup("fit")
@@ -65,8 +65,9 @@ def test_the_reference_is_bit_identical_after_training(tiny_base: str, pairs_fil
     batch = datamodule.val_pairs[[0, 1, 2]]
     reference, policy = model.reference.logps(batch), model.policy.logps(batch)
     fit(model, datamodule)
-    for before, after in zip(reference, model.reference.logps(batch), strict=True):
-        assert torch.equal(before, after)
+    after = model.reference.logps(batch)
+    assert torch.equal(reference.chosen, after.chosen)
+    assert torch.equal(reference.rejected, after.rejected)
     assert (model.policy.logps(batch).chosen - policy.chosen).abs().max() > 1e-3, "the policy has moved"
 
 

@@ -72,7 +72,7 @@ def tiny_policy(base: str, layout: Layout = "auto", recompute: Switch = False, *
 
 def wake_adapters(model: torch.nn.Module, scale: float = 0.02) -> None:
     """Gives adapters, whose B matrices start at zero, values that depend on the names of the matrices alone."""
-    adapters = sorted((name, p) for name, p in model.named_parameters() if ".default." in name)
+    adapters = sorted((name, p) for name, p in model.named_parameters() if ".default." in name and p.dim() == 2)
     for index, (name, parameter) in enumerate(adapters):
         generator = torch.Generator().manual_seed(index)
         size = scale if "lora_B" in name else parameter.shape[1] ** -0.5

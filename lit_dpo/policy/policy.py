@@ -44,7 +44,9 @@ class Policy(nn.Module):
         self.flat = layout != "padded"
         if not self.flat:
             return
+        self.eval()  # dropout of the adapters would make two passes differ
         reason = self._flat_fails()
+        self.train()
         if reason and layout == "flat":
             raise ValueError(f"model.layout=flat cannot serve this architecture: {reason}. Use model.layout=padded.")
         if reason:

@@ -1,0 +1,83 @@
+"""The fused LoRA layers give what PEFT's own give, and their gradients are those of finite differences."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from lit_dpo.policy import loading, lora
+from lit_dpo.policy.loading import NF4
+from lit_dpo.policy.policy import Policy
+from tests.tiny import random_batch, tiny_policy
+
+BATCH = random_batch([(5, 7, 3), (2, 3, 4)])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nf4": {"quantization": BitsAndBytesConfig(**NF4)},
+    "8 bit": {"quantization": BitsAndBytesConfig(load_in_8bit=True)},
+    "dora": {"lora": LoraConfig(target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")},
+    "rank-stabilized": {"lora": LoraConfig(target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")},
+    "few layers": {"lora": LoraConfig(target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM")},
+}
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    logps = policy.logps(BATCH)
+    (logps.chosen.sum() - 0.5 * logps.rejected.sum()).backward()
+    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_same_as_pefts_own(tiny_base: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fused = tiny_policy(tiny_base, **OPTIONS[name])
+    monkeypatch.setattr(loading, "fuse_adapters", lambda model: None)
+    own = tiny_policy(tiny_base, **OPTIONS[name])
+    torch.testing.assert_close(fused.logps(BATCH).chosen, own.logps(BATCH).chosen, rtol=1e-5, atol=1e-5)
+    with fused.initial(), own.initial():
+        torch.testing.assert_close(fused.logps(BATCH).chosen, own.logps(BATCH).chosen, rtol=1e-5, atol=1e-5)
+    found, expected = gradients(fused), gradients(own)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
+
+
+def test_dropout_goes_pefts_way(tiny_base: str) -> None:
+    config = LoraConfig(target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM")
+    policy = tiny_policy(tiny_base, lora=config)
+    torch.manual_seed(0)
+    assert not torch.equal(policy.logps(BATCH).chosen, policy.logps(BATCH).chosen)
+    policy.eval()
+    assert torch.equal(policy.logps(BATCH).chosen, policy.logps(BATCH).chosen)
+
+
+def test_every_gated_layer_is_recognized_by_its_numbers(tiny_base: str) -> None:
+    policy = tiny_policy(tiny_base)
+    gated = [module for module in policy.modules() if hasattr(module, "gated_product")]
+    assert len(gated) == 2
+    stranger: Any = tiny_policy(tiny_base).model.get_base_model().model.layers[0].mlp  # type: ignore[union-attr]
+    stranger.forward = lambda x: x
+    assert not lora.is_gated(stranger)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    weight, bias = numbers(4, 5).detach(), numbers(4).detach()
+    a, b = numbers(2, 5), numbers(4, 2)
+    assert torch.autograd.gradcheck(lambda x: lora._FrozenLinear.apply(x, weight, bias), (numbers(3, 5),))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora._LoraLinear.apply(x, weight, bias, a, b, 0.7), (numbers(1, 3, 5), a, b)
+    )
+
+    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return lora.gated_product(torch.nn.functional.silu, gate, up)
+
+    assert torch.autograd.gradcheck(
+        lambda gate, up, a, b: lora._GatedLoraLinear.apply(gate, up, product, weight, None, a, b, 0.7),
+        (numbers(1, 3, 5), numbers(1, 3, 5), a, b),
+    )
