@@ -111,7 +111,7 @@ class AttentionLayout:
     def keys(self) -> Gather:
         """Keys of the queries prompt + chosen, then of the queries rejected, pair by pair, without padding."""
         rows = list(self._conversations())
-        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
+        offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0).tolist()
         return self._gather(torch.cat(rows), rows, offsets)
 
     @cached_property

