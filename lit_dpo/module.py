@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -30,7 +30,7 @@ from lit_dpo.policy.execution import Switch, compilation_pays
 from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
 from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import CachedReference, InitialPolicy, Reference
-from lit_dpo.reference_pass import fill_reference
+from lit_dpo.reference_pass import ReferencePass
 
 Prediction: TypeAlias = dict[str, Any]
 LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -215,6 +215,10 @@ class DPOModule(LightningModule):
             return initial
         return CachedReference(initial, cache_dir() / "reference" / initial.identity(self._product_type))
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Lets the reference compute the log-probs of the pairs ahead."""
+        return [ReferencePass()]
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
@@ -234,25 +238,6 @@ class DPOModule(LightningModule):
             return 1.0
         last_window = int(num_batches) % accumulate
         return accumulate / last_window if batch_idx >= num_batches - last_window else 1.0
-
-    # --- the reference, before pairs are met ------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Computes what the reference cache lacks of the held-out pairs."""
-        fill_reference(self.trainer, self.reference)
-
-    def on_test_start(self) -> None:
-        """As in validation."""
-        fill_reference(self.trainer, self.reference)
-
-    def on_predict_start(self) -> None:
-        """As in validation."""
-        fill_reference(self.trainer, self.reference)
-
-    def teardown(self, stage: str) -> None:
-        """Keeps on disk what came from other loaders."""
-        if isinstance(reference := vars(self).get("reference"), CachedReference):
-            reference.save()
 
     # --- logging ---------------------------------------------------------------------------------------------------
 
@@ -322,7 +307,6 @@ class DPOModule(LightningModule):
     def on_train_start(self) -> None:
         """Goes on from a checkpoint with its random generators, but with this run's optimizer settings."""
         self.train()
-        fill_reference(self.trainer, self.reference)
         if self._random_states is None:
             return
         if self.global_rank < len(self._random_states):

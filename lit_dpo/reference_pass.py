@@ -4,33 +4,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
-from lit_dpo.policy.reference import CachedReference, Reference
+from lit_dpo.policy.reference import CachedReference
 
 
-def fill_reference(trainer: Trainer, reference: Reference) -> None:
-    """Computes the reference log-probs of the pairs ahead, by all processes together.
+class ReferencePass(Callback):
+    """Fills the reference cache of a ``DPOModule``, which brings this callback with it.
 
-    Of loaders of another kind nothing is known beforehand: their pairs are computed as they come.
-
-    Args:
-        trainer: In training, all that is left of it is ahead; in evaluation, all of that.
-        reference: Filled if it is a cache.
+    In training, all that is left of it is ahead; in evaluation, all of that. Of loaders of another kind than ours
+    nothing is known beforehand: their pairs are computed as they come.
     """
-    if not isinstance(reference, CachedReference):
-        return
-    machine = (trainer.local_rank, trainer.num_devices)
-    for pairs, indices in _ahead(trainer):
-        with trainer.precision_plugin.forward_context():
-            reference.fill(
-                pairs,
-                indices,
-                shares=[(trainer.global_rank, trainer.world_size), *([machine] if trainer.num_nodes > 1 else [])],
-                barrier=trainer.strategy.barrier,
-            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The training pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The held-out pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The test pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The pairs to predict."""
+        self._fill(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps on disk what came from other loaders."""
+        reference = vars(pl_module).get("reference")  # if it was ever needed
+        if isinstance(reference, CachedReference):
+            reference.save()
+
+    def _fill(self, trainer: Trainer, module: Any) -> None:
+        """Computes what is missing, by all processes together."""
+        if not isinstance(module.reference, CachedReference):
+            return
+        shares = [(trainer.global_rank, trainer.world_size)]
+        if trainer.num_nodes > 1:  # which may not share a disk
+            shares.append((trainer.local_rank, trainer.num_devices))
+        for pairs, indices in _ahead(trainer):
+            with trainer.precision_plugin.forward_context():
+                module.reference.fill(pairs, indices, shares=shares, barrier=trainer.strategy.barrier)
 
 
 def _ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:

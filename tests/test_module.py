@@ -9,7 +9,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo.base_model import cache_dir
+from lit_dpo.data.batch import PairBatch
 from lit_dpo.objectives import Sigmoid
+from lit_dpo.policy.reference import InitialPolicy
+from tests.tiny import random_batch
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 pytestmark = pytest.mark.filterwarnings(
@@ -233,3 +237,67 @@ def test_the_learning_rate_rises_and_falls_over_the_whole_run(tiny_base: str, pa
     trainer = fit(model, data(pairs_file, batch_size=2), max_epochs=1)
     assert trainer.global_step == 8
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Numbers of pairs of each batch that the reference computes, from an empty cache."""
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    numbers: list[int] = []
+    live = InitialPolicy.token_logps
+
+    def counted(self: InitialPolicy, batch: PairBatch) -> torch.Tensor:
+        numbers.append(len(batch))
+        return live(self, batch)
+
+    monkeypatch.setattr(InitialPolicy, "token_logps", counted)
+    return numbers
+
+
+def test_a_sweep_computes_the_reference_once(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
+    fit(module(tiny_base), data(pairs_file, batch_size=4, val_size=4), max_epochs=2)
+    assert sum(computed) == 20
+    for change in ({"objective": Sigmoid(0.5)}, {"optimizer": sgd(0.1)}, {"warmup": 0.5}):
+        fit(module(tiny_base, **change), data(pairs_file, batch_size=3, val_size=5, shuffle=False), max_epochs=3)
+    assert sum(computed) == 20
+    fit(module(tiny_base), data(pairs_file, max_response_length=3), max_steps=1)
+    assert sum(computed) > 20, "other token ids, other log-probs"
+
+
+def test_only_pairs_that_will_be_met_are_computed(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
+    fit(module(tiny_base), data(pairs_file, batch_size=2, val_size=6), max_steps=3, limit_val_batches=0)
+    assert sum(computed) == 6
+    fit(module(tiny_base), data(pairs_file, batch_size=2, val_size=6), max_steps=4, limit_val_batches=2)
+    assert sum(computed) == 6 + 2 + 4
+
+
+def test_live_references_leave_nothing_on_disk(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
+    fit(module(tiny_base, reference="live"), data(pairs_file, batch_size=4, val_size=4), max_epochs=2)
+    assert sum(computed) == 2 * 16 + 3 * 4  # each epoch, and the sanity check
+    assert not (cache_dir() / "reference").exists()
+
+
+def test_cached_and_live_references_train_the_same_adapters(tiny_base: str, pairs_file: str) -> None:
+    trained = []
+    for reference in ("cached", "live"):
+        model = module(tiny_base, reference=reference, optimizer=sgd(0.1))
+        fit(model, data(pairs_file), max_epochs=2)
+        trained.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, parameter in trained[0].items():
+        assert torch.equal(parameter, trained[1][name]), name
+
+
+def test_loaders_of_ones_own_are_served_as_they_come(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
+    batches = [random_batch([(5, 7, 3), (2, 3, 4)]), random_batch([(9, 4, 12)], seed=1)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    for _ in range(2):
+        trainer = Trainer(**QUIET, accelerator="cpu", max_epochs=2, limit_val_batches=0)
+        trainer.fit(module(tiny_base), loader)
+        assert computed == [2, 1]
+
+
+def test_metrics_of_tokens_are_logged_where_asked(tiny_base: str, pairs_file: str) -> None:
+    logged = fit(module(tiny_base, token_metrics=True), data(pairs_file)).callback_metrics
+    assert 0 < logged["train/entropy"] < math.log(400)
+    assert 0 <= logged["val/mean_token_accuracy"] <= 1
+    assert "train/entropy" not in fit(module(tiny_base), data(pairs_file)).callback_metrics

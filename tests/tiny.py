@@ -61,11 +61,12 @@ def save_tiny_base(folder: Path, config: Any = None) -> str:
 
 
 def tiny_policy(base: str, layout: Layout = "auto", recompute: Switch = False, **options: Any) -> Policy:
-    """A policy in float32 whose adapters are not zero."""
+    """A policy, by default in float32 on the CPU, whose adapters are not zero."""
     torch.manual_seed(1)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    arguments = {"quantization": None, "lora": lora, "adapter": None, **options}
-    model = load_policy(base, dtype=torch.float32, device=torch.device("cpu"), **arguments)
+    where: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    arguments = {"quantization": None, "lora": lora, "adapter": None, **where, **options}
+    model = load_policy(base, **arguments)
     wake_adapters(model)
     return Policy(model, layout, recompute)
 

@@ -44,9 +44,8 @@ class Policy(nn.Module):
         self.flat = layout != "padded"
         if not self.flat:
             return
-        self.eval()  # dropout of the adapters would make two passes differ
-        reason = self._flat_fails()
-        self.train()
+        with model.disable_adapter():  # whose dropout would make two passes differ
+            reason = self._flat_fails()
         if reason and layout == "flat":
             raise ValueError(f"model.layout=flat cannot serve this architecture: {reason}. Use model.layout=padded.")
         if reason:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.numpy import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -114,10 +114,11 @@ class CachedReference:
 
     def __init__(self, initial: InitialPolicy, folder: Path) -> None:
         self.initial, self.folder = initial, folder
-        self._shards: dict[str, Any] = {}  # open files
+        self._names: set[str] = set()  # of the files
+        self._shards: list[Any] = []  # the files, open
         self._keys = np.empty(0, KEY)  # sorted
         self._places = np.empty((0, 3), np.int64)  # of each key: its file, and where its log-probs begin and end
-        self._new: dict[bytes, Tensor] = {}  # not on disk yet
+        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; no tensors, which inference mode would mark for good
         self._saved = time.monotonic()
         self._read()
 
@@ -182,21 +183,31 @@ class CachedReference:
         self._saved = time.monotonic()
         if not self._new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = save(
             {
-                "keys": torch.frombuffer(bytearray(b"".join(self._new)), dtype=torch.uint8).view(-1, KEY.itemsize),
-                "lengths": torch.tensor([len(logps) for logps in self._new.values()]),
-                "logps": torch.cat(list(self._new.values())),
+                "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(-1, KEY.itemsize),
+                "lengths": np.array([len(logps) for logps in self._new.values()]),
+                "logps": np.concatenate(list(self._new.values())),
             }
         )
+        try:
+            self._write(content)
+        except OSError as error:
+            raise OSError(
+                f"The reference cache {self.folder} cannot be written: {error}. Set LIT_DPO_CACHE to a folder with "
+                "room, or model.reference=live."
+            ) from error
+        self._new = {}
+        self._read()
+
+    def _write(self, content: bytes) -> None:
+        """Puts a file into the folder, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(file.name).replace(self.folder / f"{_digest(content)}.safetensors")
-        self._new = {}
-        self._read()
 
     @property
     def _device(self) -> torch.device:
@@ -206,28 +217,27 @@ class CachedReference:
         """Log-probs of the batch's response tokens, (R,), remembered by pair."""
         logps = self.initial.token_logps(batch)
         lengths = [segment.chosen + segment.rejected for segment in batch.segments]
-        self._new |= zip(batch.keys, logps.cpu().clone().split(lengths), strict=True)
+        self._new |= zip(batch.keys, np.split(logps.cpu().numpy().copy(), np.cumsum(lengths)[:-1]), strict=True)
         if len(self._new) >= SHARD_PAIRS or time.monotonic() - self._saved > SHARD_SECONDS:
             self.save()
         return logps
 
     def _find(self, key: bytes) -> Tensor | None:
         if key in self._new:
-            return self._new[key]
+            return torch.from_numpy(self._new[key])
         wanted = np.array(key, KEY)
         index = int(np.searchsorted(self._keys, wanted))
         if index == len(self._keys) or self._keys[index] != wanted:
             return None
         file, start, end = self._places[index].tolist()
-        shard = list(self._shards.values())[file]
-        logps: Tensor = shard.get_slice("logps")[start:end]
+        logps: Tensor = self._shards[file].get_slice("logps")[start:end]
         return logps
 
     def _read(self) -> None:
         """Takes up the files that have come into the folder since."""
         keys, places = [self._keys], [self._places]
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._shards:
+            if path.name in self._names:
                 continue
             try:
                 if _digest(path.read_bytes()) != path.stem:
@@ -241,7 +251,8 @@ class CachedReference:
                 continue
             places.append(np.stack([np.full_like(ends, len(self._shards)), np.r_[0, ends[:-1]], ends], 1))
             keys.append(found)
-            self._shards[path.name] = shard
+            self._names.add(path.name)
+            self._shards.append(shard)
         if len(keys) > 1:
             self._keys, first = np.unique(np.concatenate(keys), return_index=True)
             self._places = np.concatenate(places)[first]

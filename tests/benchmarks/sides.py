@@ -1,5 +1,6 @@
 """One measured run of one side: the same pairs, order, adapter shape, quantization, precision and optimizer."""
 
+import itertools
 import resource
 import tempfile
 import time
@@ -79,31 +80,30 @@ class Meter:
 
     task: Task
     losses: list[float] = field(default_factory=list)
-    _start: float = 0.0
-    _seconds: float = 0.0
+    _times: list[float] = field(default_factory=list)  # when each step was over
 
     def step(self, loss: float) -> None:
         """Called when an optimizer step is over."""
         synchronize(self.task.device)
         self.losses.append(loss)
-        done = len(self.losses) * self.task.batch_size
-        if done == self.task.warmup:
-            self._start = time.perf_counter()
-            if self.task.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-        self._seconds = time.perf_counter() - self._start
+        if len(self.losses) * self.task.batch_size == self.task.warmup and self.task.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._times.append(time.perf_counter())
 
     def report(self, tokens: int, flops: int) -> dict[str, Any]:
         """The numbers of the run."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.task.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
+        timed = self._times[self.task.warmup // self.task.batch_size - 1 :]
+        seconds = timed[-1] - timed[0]
         return {
-            "pairs_per_second": self.task.pairs / self._seconds,
-            "seconds": self._seconds,
+            "pairs_per_second": self.task.pairs / seconds,
+            "seconds": seconds,
+            "step_seconds": [round(end - start, 2) for start, end in itertools.pairwise(timed)],
             "peak_memory_gb": peak / 1e9,
             "tokens": tokens,
-            "floor_flops_per_second": flops / self._seconds,
+            "floor_flops_per_second": flops / seconds,
             "losses": self.losses,
         }
 

@@ -51,7 +51,7 @@ def main() -> None:
         base=base,
         data=arguments.data,
         pairs=arguments.pairs,
-        warmup=arguments.warmup_batches * arguments.batch_size,
+        warmup=max(arguments.warmup_batches, 1) * arguments.batch_size,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         precision=arguments.precision,
@@ -93,14 +93,12 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     summary = {"fraction_of_floor": middle("lit_dpo", "floor_flops_per_second") / rate}
     if "trl_defaults" in runs:
         defaults, best = middle("trl_defaults", "pairs_per_second"), middle("trl_best", "pairs_per_second")
-        losses = zip(runs["lit_dpo"][0]["losses"], runs["trl_defaults"][0]["losses"], strict=True)
         summary |= {
             "ratio_vs_trl_defaults": ours / defaults,
             "ratio_vs_trl_best": ours / best,
             "ratio_cold_epoch": middle("lit_dpo", "pairs_per_second_cold") / defaults,
             "memory_ratio": middle("lit_dpo", "peak_memory_gb") / middle("trl_defaults", "peak_memory_gb"),
             "trl_fraction_of_floor": middle("trl_defaults", "floor_flops_per_second") / rate,
-            "largest_loss_difference": max(abs(one - other) for one, other in losses),
         }
     return {name: round(value, 4) for name, value in summary.items()}
 
