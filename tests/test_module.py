@@ -287,6 +287,7 @@ def test_cached_and_live_references_train_the_same_adapters(tiny_base: str, pair
         assert torch.equal(parameter, trained[1][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_loaders_of_ones_own_are_served_as_they_come(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
     batches = [random_batch([(5, 7, 3), (2, 3, 4)]), random_batch([(9, 4, 12)], seed=1)]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
