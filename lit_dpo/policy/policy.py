@@ -1,11 +1,11 @@
 """Policy: a PEFT model that gives the log-probs of a ``PairBatch``, as it is or as it was at the start."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import nn
 
@@ -49,7 +49,7 @@ class Policy(nn.Module):
         if reason and layout == "flat":
             raise ValueError(f"model.layout=flat cannot serve this architecture: {reason}. Use model.layout=padded.")
         if reason:
-            warnings.warn(f"The padded layout is used, slower and larger, because {reason}.", stacklevel=2)
+            rank_zero_warn(f"The padded layout is used, slower and larger, because {reason}.", stacklevel=2)
             self.flat = False
 
     def logps(self, batch: PairBatch) -> PairLogps:
