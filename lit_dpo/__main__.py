@@ -1,6 +1,7 @@
 """``python -m lit_dpo``."""
 
 import argparse
+import logging
 import sys
 
 from lit_dpo.commands import DESCRIPTIONS
@@ -18,6 +19,8 @@ def main() -> None:
         for name, description in DESCRIPTIONS.items():
             commands.add_parser(name, help=description)
         parser.parse_args()
+    # It says that an inference kernel is missing, one that has no gradients and that training must not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lit_dpo.cli import main
 
     main()

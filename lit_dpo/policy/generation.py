@@ -86,11 +86,10 @@ def _answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
     )
-    outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)[
-        :, width:
-    ]
+    with torch.compiler.set_stance("force_eager"):  # token by token, with a cache: compiled layers would not pay
+        outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     answers = []
-    for tokens in outputs.tolist():
+    for tokens in outputs[:, width:].tolist():
         finished = any(token in ends for token in tokens)
         answers.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() + ("" if finished else " …"))
     return answers

@@ -10,7 +10,6 @@ hold already. So whatever changes a number changes its address, and every run th
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -203,11 +202,13 @@ class CachedReference:
     def _write(self, content: bytes) -> None:
         """Puts a file into the folder, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
+        path = self.folder / f"{_digest(content)}.safetensors"
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).replace(self.folder / f"{_digest(content)}.safetensors")
+        unfinished.replace(path)
 
     @property
     def _device(self) -> torch.device:
