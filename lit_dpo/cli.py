@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error and leaves with status 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {_with_suggestion(message, parser)}\n")
+        sys.stderr.write(f"error: {_with_suggestion(_in_a_line(message), parser)}\n")
         self.exit(2)
 
 
@@ -278,6 +278,16 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
         nested = isinstance(value, dict) and value
         keys += _leaves(value, f"{prefix}{key}.") if nested else [prefix + key]
     return keys
+
+
+def _in_a_line(message: str) -> str:
+    """Says shortly that a value is of none of several types; other long errors as they are."""
+    found = re.search(r'key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]*)', message, re.DOTALL)
+    if not found:
+        return " ".join(message.split()) if message.count("\n") <= 2 else message
+    key, types, value = found.groups()
+    types = re.sub(r"typing\.Literal\[(.*?)\]|<class '(?:\w+\.)*(\w+)'>", r"\1\2", types)
+    return f'Parser key "{key}": expected one of {types}, not {value}'
 
 
 def _with_suggestion(message: str, parser: Any) -> str:

@@ -162,6 +162,7 @@ class DPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy on this process's device, once."""
+        vars(self).pop("reference", None)  # another Trainer may compute in another precision
         if "policy" in self._modules:
             return
         if self._trainer is None:  # load_from_checkpoint, or a script that only generates
@@ -206,6 +207,7 @@ class DPOModule(LightningModule):
         num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
         if compilation_pays(self.compilation, self.model.device, num_batches):
             self.policy.compile_layers()
+            vars(self).pop("reference", None)
 
     @cached_property
     def reference(self) -> Reference:
@@ -213,7 +215,8 @@ class DPOModule(LightningModule):
         initial = InitialPolicy(self.policy)
         if self.reference_kind == "live":
             return initial
-        return CachedReference(initial, cache_dir() / "reference" / initial.identity(self._product_type))
+        dtype = self._product_type if self._trainer is None else PRECISIONS[self.trainer.precision]
+        return CachedReference(initial, cache_dir() / "reference" / initial.identity(dtype))
 
     def configure_callbacks(self) -> list[Callback]:
         """Lets the reference compute the log-probs of the pairs ahead."""

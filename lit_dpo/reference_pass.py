@@ -1,6 +1,6 @@
 """The pass over the pairs that a run is going to meet, which fills the reference cache before they are met."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class ReferencePass(Callback):
 
 def _ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
     """Data sets, and which of their pairs will be met, over all processes."""
-    if trainer.training and not trainer.sanity_checking:
+    if trainer.training:
         loaders, batches = [trainer.train_dataloader], [trainer.num_training_batches]
     elif trainer.testing:
         loaders, batches = _listed(trainer.test_dataloaders), trainer.num_test_batches
@@ -63,19 +63,22 @@ def _ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
     else:
         loaders, batches = _listed(trainer.val_dataloaders), trainer.num_val_batches
     found: list[tuple[PairDataset, Sequence[int]]] = []
-    for loader, number in zip(loaders, batches, strict=True):
+    for loader, number in zip(loaders, batches, strict=False):
         pairs, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
         if not isinstance(pairs, PairDataset):
             continue
         if isinstance(sampler, PairSampler):
             found.append((pairs, _in_training(trainer, sampler)))
         elif isinstance(sampler, EvalSampler):
-            found.append((pairs, range(min(len(pairs), int(number) * sampler.batch_size * sampler.num_replicas))))
+            limited = int(number) * sampler.batch_size * sampler.num_replicas
+            found.append((pairs, range(limited if number < len(sampler) else len(pairs))))
     return found
 
 
 def _in_training(trainer: Trainer, sampler: PairSampler) -> Sequence[int]:
     """The pairs of all batches that are left, in every epoch."""
+    if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # until it is stopped
+        return range(sampler.num_pairs)
     size = sampler.batch_size * sampler.num_replicas
     per_epoch = int(trainer.num_training_batches)
     epoch, left = trainer.current_epoch, float("inf")
@@ -92,4 +95,7 @@ def _in_training(trainer: Trainer, sampler: PairSampler) -> Sequence[int]:
 
 
 def _listed(loaders: Any) -> list[Any]:
-    return loaders if isinstance(loaders, list) else [loaders]
+    """The loaders that a data module returned as one, or as a collection of them."""
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]

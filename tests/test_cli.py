@@ -215,9 +215,11 @@ def test_generate_from_a_checkpoint_and_from_an_adapter(tiny: list[str], capfd: 
         (["--model.grad_checkpointing", "true"], "Did you mean model.gradient_checkpointing?"),
         (["--trainer.max_epoch", "1"], "Did you mean trainer.max_epochs?"),
         (["--data.batchsize", "1"], "Did you mean data.batch_size?"),
+        (["--model.compile", "maybe"], "expected one of bool, 'auto', not maybe"),
+        (["--model.reference", "chached"], "Expected a typing.Literal['cached', 'live']. Got value: chached"),
     ],
 )
-def test_a_misspelled_key_gets_one_line(
+def test_a_misspelled_key_or_value_gets_one_line(
     tiny: list[str], capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit):

@@ -80,6 +80,15 @@ class AttentionLayout:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments, self.device = segments, device
+        self._bands: dict[tuple[int, int], Tensor] = {}
+
+    def band(self, length: int, window: int) -> Tensor:
+        """Who sees whom in a row under causal attention with a window, (length, length)."""
+        if (length, window) not in self._bands:
+            place = torch.arange(length, device=self.device)
+            distance = place[:, None] - place[None, :]
+            self._bands[length, window] = (distance >= 0) & (distance < window)
+        return self._bands[length, window]
 
     @cached_property
     def rows(self) -> tuple[Gather, list[tuple[int, int]]]:
@@ -240,17 +249,10 @@ def _padded_groups(
     outputs = []
     for (rows, length), *tensors in zip(groups, *parts, strict=True):
         q, k, v = (tensor.view(rows, length, -1, width).transpose(1, 2) for tensor in tensors)
-        mask = None if window is None or window >= length else _band(length, window, query.device)
+        mask = None if window is None or window >= length else layout.band(length, window)
         output = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).reshape(rows * length, heads, width))
     return torch.cat(outputs).index_select(0, gather.first)
-
-
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Who sees whom in a row under causal attention with a window, (length, length)."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,7 +1,9 @@
 """How the layers run: recomputed in the backward where memory is short, compiled where it pays. No number changes."""
 
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psutil
@@ -89,8 +91,12 @@ def compile_layers(model: PeftModel) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated."""
+    """Bytes that this process can allocate."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        free = psutil.virtual_memory().available
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and limit.read_text().strip() != "max":  # in a container
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lit_dpo.objectives import TokenStatistics
@@ -73,7 +74,7 @@ def _named(logps: Tensor, *statistics: Tensor) -> TokenLogps:
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
-    """With z = Wh + b and p = softmax(z): log p_t and its gradient in h, W_t - pᵀW, in one pass over the vocabulary."""
+    """With z = Wh + b and p = softmax(z): log p_t and its gradient in h, (e_t - p)ᵀW, in one pass over the words."""
 
     @staticmethod
     def forward(
@@ -90,7 +91,10 @@ class _FrozenHeadLogps(torch.autograd.Function):
                 if statistics:
                     extras.append(_statistics(logits, t))
                 if needs_gradient:
-                    gradients.append(weight[t] - logits.exp_().to(weight.dtype) @ weight)
+                    # p - 1 before it is rounded to half precision: of a likely token it is small
+                    excess = logits.exp_()
+                    excess[torch.arange(len(t), device=t.device), t] -= 1
+                    gradients.append(-(excess.to(weight.dtype) @ weight))
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         joined = _joined(extras)
@@ -98,6 +102,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return torch.cat(logps), *joined
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (outputs[0][:, None] * gradient).to(gradient.dtype), None, None, None, None

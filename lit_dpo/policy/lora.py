@@ -16,6 +16,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 Product: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
@@ -56,10 +57,10 @@ def is_gated(module: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a LoRA layer: fused if it is a plain one with at most one adapter at work, else PEFT's."""
-    adapters = _adapters(layer)
-    if args or kwargs or not _is_plain(layer, adapters):
+    adapters, dtype = _adapters(layer), _product_type(x)
+    if args or kwargs or not _is_plain(layer, adapters, dtype):
         return original(x, *args, **kwargs)
-    x = x.to(_product_type(x))
+    x = x.to(dtype)
     if not adapters:
         return _FrozenLinear.apply(x, *_base(layer, x.dtype))  # type: ignore[no-any-return, no-untyped-call]
     parameters = *_base(layer, x.dtype), *_update(layer, adapters[0], x.dtype)
@@ -69,11 +70,13 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
     """The forward of a gated feed-forward layer: fused if its last layer is."""
-    adapters = _adapters(layer.down_proj)
-    if not adapters or not torch.is_grad_enabled() or not _is_plain(layer.down_proj, adapters):
+    if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # adapters can be unloaded
         return original(x)
-    gate, up = layer.gate_proj(x), layer.up_proj(x)
-    parameters = *_base(layer.down_proj, gate.dtype), *_update(layer.down_proj, adapters[0], gate.dtype)
+    adapters, dtype = _adapters(layer.down_proj), _product_type(x)
+    if not adapters or not _is_plain(layer.down_proj, adapters, dtype):
+        return original(x)
+    gate, up = layer.gate_proj(x).to(dtype), layer.up_proj(x).to(dtype)
+    parameters = *_base(layer.down_proj, dtype), *_update(layer.down_proj, adapters[0], dtype)
     product = partial(layer.gated_product, layer.act_fn)
     return _GatedLoraLinear.apply(gate, up, product, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -83,8 +86,14 @@ def _adapters(layer: Any) -> list[str]:
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _is_plain(layer: Any, adapters: list[str]) -> bool:
-    """Whether a layer is W + scale·B·A, neither merged nor a variant (DoRA, …) nor with dropout at work."""
+def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
+    """Whether a layer is W + scale·B·A, neither merged nor a variant (DoRA, …) nor with dropout at work.
+
+    W is frozen, and if it is quantized, its products are of the type that the others are of.
+    """
+    base = layer.get_base_layer()
+    if base.weight.requires_grad or getattr(base, "compute_dtype", None) not in (None, dtype):
+        return False
     for name in adapters:
         dropout = layer.lora_dropout[name]
         idle = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0
@@ -145,6 +154,7 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(x, _dense(weight, x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = outputs
         return gradient @ _dense(ctx.weight, gradient.dtype), None, None
@@ -161,6 +171,7 @@ class _LoraLinear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
         x, low, a, b = ctx.saved_tensors
         in_x, in_a, in_b = _gradients(outputs[0], x, low, ctx.weight, a, b, ctx.scale)
@@ -188,6 +199,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, Tensor, Tensor, None]:
         gate, up, low, a, b = ctx.saved_tensors
         with torch.enable_grad():

@@ -110,17 +110,17 @@ class Policy(nn.Module):
         return batch.input_ids.numel() if self.flat else batch.padded().input_ids.numel()
 
     def _probe(self, device: torch.device) -> int:
-        """Computes a small batch, and tells of how many tokens."""
-        batch = self._small_batch(device)
+        """Computes a small batch, and tells of how many tokens; of so many that the adapters hardly count."""
+        batch = self._small_batch(device, copies=10)
         (self._flat_logps if self.flat else self._padded_logps)(batch)
         return self._num_computed(batch)
 
-    def _small_batch(self, device: torch.device) -> PairBatch:
-        """Two made-up pairs."""
+    def _small_batch(self, device: torch.device, copies: int = 1) -> PairBatch:
+        """Two made-up pairs, of 20 and 31 tokens, perhaps several times."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(40, 91).remainder(vocabulary).tolist()
         pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
-        return PairBatch.from_pairs(pairs).to(device)
+        return PairBatch.from_pairs(pairs * copies).to(device)
 
     @torch.no_grad()
     def _flat_fails(self) -> str | None:

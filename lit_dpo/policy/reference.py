@@ -1,10 +1,10 @@
 """Where reference log-probs come from: the initial policy, computed as they are needed, or once and kept on disk.
 
 They are kept a token a number, under the digest of the pair's token ids, in a folder named by all else that they
-depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products and the
-kernels, by whose rounding the log-probs of whole answers differ by a nat in bfloat16. Objective, learning rate, epochs,
-filters and output folder are not among it, nor are source, tokenizer, chat template and truncation, which the token ids
-hold already. So whatever changes a number changes its address, and every run that needs it finds it.
+depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products, and what
+decides how they are rounded, by which the log-probs of whole answers differ by a nat in bfloat16: layout, compilation,
+torch's version, the processor. Objective, learning rate, epochs, filters and output folder are not among it, nor are
+source, tokenizer, chat template and truncation, which the token ids hold already.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from lit_dpo.objectives import PairLogps
 from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.policy import Policy
 
+FORMAT_VERSION = 1  # raise it when the same pair and model give other numbers, or are stored in another way
 KEY = np.dtype("S16")  # of TokenizedPair.key
 BATCH_TOKENS = 8192  # of a batch of the reference pass
 SHARD_SECONDS, SHARD_PAIRS = 30.0, 4096  # at most so much is lost to an interruption
@@ -77,12 +78,13 @@ class InitialPolicy:
         """A digest of all that its log-probs depend on besides the token ids, with matrix products in ``dtype``."""
         model = self.policy.model
         settings = {
+            "version": FORMAT_VERSION,
             "products": str(dtype),
-            "kernels": [model.device.type, self.policy.flat, self.policy.compiled],
+            "kernels": [self.policy.flat, self.policy.compiled, torch.__version__, _processor(model.device)],
             "config": {
                 name: value
                 for name, value in model.get_base_model().config.to_dict().items()
-                if not name.startswith("_") and name not in ("transformers_version", "use_cache", "quantization_config")
+                if not name.startswith("_") and name not in ("transformers_version", "use_cache")
             },
             "adapter": {
                 name: value
@@ -94,7 +96,7 @@ class InitialPolicy:
         }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=_plain).encode(), digest_size=16)
         for name, tensor in sorted(model.state_dict().items()):
-            if ".default." not in name:
+            if "default" not in name.split("."):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -162,8 +164,13 @@ class CachedReference:
         computed = 0
         keys = pairs.keys(indices)
         for number, parts in shares:
+            barrier()
+            self._read()  # what other processes may have written since, so that all see the same
+            barrier()
             missing = [indices[position] for position in self.missing(keys)]
-            batches = list(_by_length(missing, pairs.num_tokens(missing)))[number::parts]
+            # Padded rows go through the model's own logits, which take far more room.
+            limit = BATCH_TOKENS if self.initial.policy.flat else BATCH_TOKENS // 8
+            batches = list(_by_length(missing, pairs.num_tokens(missing), limit))[number::parts]
             total = sum(map(len, batches))
             try:
                 with tqdm(total=total, desc="Reference log-probs", unit="pair", disable=number > 0 or not total) as bar:
@@ -204,11 +211,14 @@ class CachedReference:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{_digest(content)}.safetensors"
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @property
     def _device(self) -> torch.device:
@@ -246,7 +256,11 @@ class CachedReference:
                 shard = safe_open(path, "pt")
                 ends = shard.get_tensor("lengths").cumsum(0).numpy()
                 found = shard.get_tensor("keys").numpy().copy().view(KEY)[:, 0]
-            except (OSError, ValueError, SafetensorError) as error:
+            except OSError as error:
+                warnings.warn(f"{path} cannot be read ({error}); its pairs are computed again.", stacklevel=2)
+                self._names.add(path.name)
+                continue
+            except (ValueError, SafetensorError) as error:
                 warnings.warn(f"{path} is damaged ({error}); its pairs are computed again.", stacklevel=2)
                 path.unlink(missing_ok=True)
                 continue
@@ -259,18 +273,23 @@ class CachedReference:
             self._places = np.concatenate(places)[first]
 
 
-def _by_length(indices: Sequence[int], num_tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Batches of at most ``BATCH_TOKENS`` tokens, or of a single longer pair, the longest pairs first."""
+def _by_length(indices: Sequence[int], num_tokens: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Batches of at most ``limit`` tokens, or of a single longer pair, the longest pairs first."""
     batch: list[int] = []
     tokens = 0
     for length, index in sorted(zip(num_tokens, indices, strict=True), reverse=True):
-        if batch and tokens + length > BATCH_TOKENS:
+        if batch and tokens + length > limit:
             yield batch
             batch, tokens = [], 0
         batch.append(index)
         tokens += length
     if batch:
         yield batch
+
+
+def _processor(device: torch.device) -> str:
+    """What the kernels run on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def _digest(content: bytes) -> str:

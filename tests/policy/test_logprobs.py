@@ -74,3 +74,17 @@ def test_nothing_is_kept_without_gradients() -> None:
     hidden, targets, head = problem(bias=False, trainable=False)
     with torch.no_grad():
         assert token_logps(hidden, targets, head).logps.grad_fn is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 8.0])
+def test_the_gradient_of_likely_tokens_survives_half_precision(scale: float) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(64, 500, bias=False).to(torch.bfloat16).requires_grad_(False)
+    targets = torch.arange(20)
+    hidden = (head.weight[targets] * scale * 3).detach().requires_grad_()
+    logits = head(hidden.detach()).double()  # rounded as the products are
+    excess = logits.softmax(-1) - nn.functional.one_hot(targets, 500)
+    expected = -(excess @ head.weight.double())
+    token_logps(hidden, targets, head).logps.sum().backward()
+    assert hidden.grad is not None
+    assert (hidden.grad - expected).norm() < 0.02 * expected.norm()

@@ -81,3 +81,42 @@ def test_gradients_are_those_of_finite_differences() -> None:
         lambda gate, up, a, b: lora._GatedLoraLinear.apply(gate, up, product, weight, None, a, b, 0.7),
         (numbers(1, 3, 5), numbers(1, 3, 5), a, b),
     )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "down_proj"], ["q_proj", "up_proj"]])
+@pytest.mark.parametrize("quantization", [None, BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)])
+def test_the_same_as_pefts_own_under_autocast(
+    tiny_base: str, monkeypatch: pytest.MonkeyPatch, targets: Any, quantization: Any
+) -> None:
+    options = {"quantization": quantization, "lora": LoraConfig(target_modules=targets, task_type="CAUSAL_LM")}
+    fused = tiny_policy(tiny_base, **options)
+    monkeypatch.setattr(loading, "fuse_adapters", lambda model: None)
+    own = tiny_policy(tiny_base, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused.logps(BATCH).chosen, own.logps(BATCH).chosen, rtol=1e-2, atol=0.3)
+        found = fused.logps(BATCH).chosen.sum()
+        expected = own.logps(BATCH).chosen.sum()
+    found.backward()
+    expected.backward()
+    norms = [sum(float(p.grad.norm()) for p in policy.parameters() if p.grad is not None) for policy in (fused, own)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_adapters_can_be_merged_and_unloaded(tiny_base: str) -> None:
+    policy = tiny_policy(tiny_base)
+    with torch.no_grad():
+        expected = policy.logps(BATCH).chosen
+        policy.model.merge_adapter()
+        torch.testing.assert_close(policy.logps(BATCH).chosen, expected, rtol=1e-4, atol=1e-4)
+        policy.model.unmerge_adapter()
+    ids = torch.arange(5)[None]
+    merged: Any = policy.model.merge_and_unload()
+    assert merged(ids).logits.requires_grad is False
+
+
+def test_a_chosen_type_of_quantized_products_is_kept(tiny_base: str) -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = tiny_policy(tiny_base, quantization=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype))
+        results.append(policy.logps(BATCH).chosen)
+    assert not torch.equal(*results)

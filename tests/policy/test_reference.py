@@ -1,7 +1,9 @@
 """The reference cache: the live reference's numbers, computed once, never stale, and whole after every interruption."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -120,14 +122,44 @@ def test_a_damaged_file_is_noticed_and_computed_again(initial: Counting, tmp_pat
     assert_live(cache, InitialPolicy(initial.policy))
 
 
-def test_processes_share_the_work(initial: Counting, tmp_path: Path) -> None:
-    caches = [CachedReference(initial, tmp_path) for _ in range(3)]
-    computed = [cache.fill(PAIRS, ALL, shares=[(rank, 3)]) for rank, cache in enumerate(caches)]
+def test_a_process_that_comes_late_sees_what_the_others_left(initial: Counting, tmp_path: Path) -> None:
+    late = CachedReference(initial, tmp_path)
+    assert CachedReference(initial, tmp_path).fill(PAIRS, ALL) == len(SIZES)
+    assert late.fill(PAIRS, ALL) == 0
+
+
+def test_what_cannot_be_read_is_left_where_it_is(
+    initial: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CachedReference(initial, tmp_path).fill(PAIRS, ALL)
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", refused)
+        with pytest.warns(UserWarning, match="cannot be read"):
+            unread = CachedReference(initial, tmp_path)
+    assert len(unread) == 0
+    assert len(CachedReference(initial, tmp_path)) == len(SIZES)
+
+
+def test_processes_share_the_work(tiny_base: str, tmp_path: Path) -> None:
+    initials = [InitialPolicy(tiny_policy(tiny_base)) for _ in range(3)]
+    caches = [CachedReference(initial, tmp_path) for initial in initials]
+    barrier = Barrier(3)
+
+    def fill(rank: int) -> int:
+        return caches[rank].fill(PAIRS, ALL, shares=[(rank, 3)], barrier=barrier.wait)
+
+    with ThreadPoolExecutor(3) as threads:
+        computed = list(threads.map(fill, range(3)))
     assert all(computed)
+    assert sum(computed) == len(SIZES)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    again = CachedReference(initial, tmp_path)
-    assert len(again) == len(SIZES)
-    assert_live(again, InitialPolicy(initial.policy))
+    for cache, initial in zip(caches, initials, strict=True):
+        assert len(cache) == len(SIZES)
+        assert_live(cache, initial)
 
 
 def test_what_changes_a_number_changes_the_address(tiny_base: str, tmp_path: Path) -> None:
@@ -156,10 +188,11 @@ def test_what_changes_a_number_changes_the_address(tiny_base: str, tmp_path: Pat
         address(another_position),
         address(dtype=torch.bfloat16),
         address(quantization=BitsAndBytesConfig(**NF4)),
+        address(quantization=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)),
         address(adapter=str(tmp_path / "adapter"), lora=None),
         address(layout="padded"),
     ]
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 def test_the_key_of_a_pair_tells_where_its_parts_end() -> None:
