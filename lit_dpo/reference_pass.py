@@ -47,9 +47,10 @@ class ReferencePass(Callback):
         shares = [(trainer.global_rank, trainer.world_size)]
         if trainer.num_nodes > 1:  # which may not share a disk
             shares.append((trainer.local_rank, trainer.num_devices))
+        title = f"Reference log-probs, {'training' if trainer.training else 'held-out'} pairs"
         for pairs, indices in _ahead(trainer):
             with trainer.precision_plugin.forward_context():
-                module.reference.fill(pairs, indices, shares=shares, barrier=trainer.strategy.barrier)
+                module.reference.fill(pairs, indices, shares=shares, barrier=trainer.strategy.barrier, title=title)
 
 
 def _ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:

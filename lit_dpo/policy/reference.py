@@ -148,6 +148,7 @@ class CachedReference:
         *,
         shares: Sequence[tuple[int, int]] = ((0, 1),),
         barrier: Callable[[], Any] = lambda: None,
+        title: str = "Reference log-probs",
     ) -> int:
         """Computes what is missing, in batches of pairs of similar length, with a progress bar.
 
@@ -157,6 +158,7 @@ class CachedReference:
             shares: This process's share of the work as (number, of how many): among all processes, then, for processes
                 that do not share a disk, among those of one machine.
             barrier: Waits for the other processes.
+            title: Of the progress bar.
 
         Returns:
             Number of pairs that this process computed.
@@ -173,7 +175,7 @@ class CachedReference:
             batches = list(_by_length(missing, pairs.num_tokens(missing), limit))[number::parts]
             total = sum(map(len, batches))
             try:
-                with tqdm(total=total, desc="Reference log-probs", unit="pair", disable=number > 0 or not total) as bar:
+                with tqdm(total=total, desc=title, unit="pair", disable=number > 0 or not total) as bar:
                     for batch in batches:
                         self._compute(PairBatch.from_pairs([pairs.pair(index) for index in batch]).to(self._device))
                         bar.update(len(batch))
