@@ -25,8 +25,8 @@ from lit_dpo.data.batch import Segment
 NAME = "lit_dpo"
 # What one more SDPA call costs, in scores computed needlessly: a group of rows padded to the longest saves calls.
 CALL_COST = {"cpu": 2e4, "cuda": 2e6}
-# Padded lengths are multiples of this: the vectors of a CPU's kernels then end where the row does, and attention rounds a
-# pair the same whatever it is batched with.
+# Padded lengths are multiples of this: the vectors of a CPU's kernels then end where the row does, and attention rounds
+# a pair the same whatever it is batched with.
 ROW_MULTIPLE = 32
 
 
