@@ -1,4 +1,7 @@
-"""How the layers run: recomputed in the backward where memory is short, compiled where it pays. No number changes."""
+"""How the layers run: recomputed in the backward where memory is short, compiled where it pays.
+
+The first changes no number, the second only their rounding.
+"""
 
 import os
 import shutil

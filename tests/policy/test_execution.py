@@ -1,4 +1,4 @@
-"""Recomputing activations and compiling layers change time and memory, and no number."""
+"""Recomputing activations and compiling layers change time and memory, and numbers by no more than rounding."""
 
 import shutil
 import warnings
