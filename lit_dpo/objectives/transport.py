@@ -1,0 +1,66 @@
+"""Alignment by optimal transport: distributions of rewards are compared, not the two responses of a pair."""
+
+from torch import Tensor
+
+from lit_dpo.objectives.base import LogRatioObjective, PairLogps, within
+from lit_dpo.objectives.dpo import logistic
+
+
+class AOT(LogRatioObjective):
+    """AOT on pairs: sorted margins of the policy against sorted margins of the reference, so quantile by quantile.
+
+    The pairs are those of one batch of one process: ``data.batch_size`` matters, and with 1 it is DPO. The i-th loss is
+    of the i-th quantile, not of the i-th pair.
+
+    Args:
+        beta: Strength of the pull towards the reference; positive.
+        label_smoothing: Probability that a label is flipped, in [0, 0.5).
+
+    Raises:
+        ValueError: If a parameter is outside its range.
+
+    References:
+        Melnyk et al. 2024, arXiv:2406.05882, Section 3 (paired).
+
+    Example:
+        >>> policy, reference = PairLogps.of([-1.0, -3.0], [-2.0, -2.0]), PairLogps.of([-2.0, -1.0], [-2.0, -2.0])
+        >>> AOT(beta=1.0)(policy, reference)  # (-1, 1) against (0, 1)
+        tensor([1.3133, 0.6931])
+    """
+
+    pairwise = False
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+        super().__init__(beta)
+        self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5)
+
+    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """The loss of each quantile, (P,)."""
+        ours = (policy.chosen - policy.rejected).sort().values
+        theirs = (reference.chosen - reference.rejected).sort().values
+        return logistic(self.beta * (ours - theirs), self.label_smoothing)
+
+
+class AOTUnpaired(AOT):
+    """AOT without pairs: sorted rewards of all chosen against sorted rewards of all rejected responses.
+
+    Args:
+        beta: Strength of the pull towards the reference; positive.
+        label_smoothing: Probability that a label is flipped, in [0, 0.5).
+
+    Raises:
+        ValueError: If a parameter is outside its range.
+
+    References:
+        Melnyk et al. 2024, arXiv:2406.05882, Section 3 (unpaired).
+
+    Example:
+        >>> policy, reference = PairLogps.of([-1.0, -3.0], [-2.0, -2.0]), PairLogps.of([-2.0, -1.0], [-2.0, -3.0])
+        >>> AOTUnpaired(beta=1.0)(policy, reference)  # (-2, 1) against (0, 1)
+        tensor([2.1269, 0.6931])
+    """
+
+    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """The loss of each quantile, (P,)."""
+        chosen, rejected, _ = self.rewards(policy, reference)
+        return logistic(chosen.sort().values - rejected.sort().values, self.label_smoothing)
