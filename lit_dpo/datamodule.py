@@ -21,8 +21,9 @@ from lit_dpo.data.tokenization import Overlong, Truncation
 class PreferenceDataModule(LightningDataModule):
     """Preference pairs for training and for evaluation, tokenized once and cached.
 
-    Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, or a conversational
-    ``prompt``, ``chosen`` and ``rejected``. Empty, identical and over-long pairs are left out and reported.
+    Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, a conversational
+    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Empty, identical
+    and over-long pairs are left out and reported.
 
     Args:
         source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of them, ``package:NAME/FOLDER``, or a
@@ -36,6 +37,8 @@ class PreferenceDataModule(LightningDataModule):
         max_prompt_length: Most tokens of a prompt; a longer one keeps its end.
         max_response_length: Most tokens of a response; a longer one keeps its beginning.
         overlong: Whether a pair that is too long is cut (``truncate``) or left out (``drop``).
+        max_responses: Most responses that are taken of a row with a ranked list: the best, the worst, and evenly spread
+            others for objectives of lists. A batch then counts lists.
         batch_size: Pairs in a training batch of one process.
         eval_batch_size: Pairs in an evaluation batch; by default ``batch_size``.
         num_workers: Processes that load batches ahead; 0 loads them in the training process.
@@ -59,6 +62,7 @@ class PreferenceDataModule(LightningDataModule):
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
         overlong: Overlong = "truncate",
+        max_responses: int = 2,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -74,9 +78,12 @@ class PreferenceDataModule(LightningDataModule):
             raise ValueError(f"data.val_size must be positive, not {val_size}.")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError("data.batch_size and data.eval_batch_size must be at least 1.")
+        if max_responses < 2:
+            raise ValueError(f"data.max_responses must be at least 2, not {max_responses}.")
         self.truncation = Truncation(max_length, max_prompt_length, max_response_length, overlong)
         self.source, self.split = source, split
         self.val_source, self.val_split, self.val_size = val_source, val_split, val_size
+        self.max_responses = max_responses
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.num_proc = num_workers, num_proc
         self.shuffle, self.seed = shuffle, seed
@@ -164,7 +171,7 @@ class PreferenceDataModule(LightningDataModule):
         report: list[str] = []
         if trains or self.val_size is not None:
             rows, place = load_rows(self.source, self.split, TRAIN_SPLITS)
-            self.train_pairs, report = prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc)
+            self.train_pairs, report = self._prepare(rows, place, tokenizer)
         if self.val_size is not None:
             assert self.train_pairs is not None
             self.train_pairs, self.val_pairs = self.train_pairs.carve(self.val_size, self.seed)
@@ -177,8 +184,13 @@ class PreferenceDataModule(LightningDataModule):
             raise ValueError(
                 f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size."
             ) from error
-        self.val_pairs, more = prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc)
+        self.val_pairs, more = self._prepare(rows, place, tokenizer)
         return report + more
+
+    def _prepare(
+        self, rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PairDataset, list[str]]:
+        return prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc, self.max_responses)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):

@@ -1,6 +1,7 @@
 """Small random models, a small tokenizer and made-up pairs, for tests that need no real language."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,21 @@ def wake_adapters(model: torch.nn.Module, scale: float = 0.02) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
-def random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int = 300, seed: int = 0) -> list[TokenizedPair]:
-    """Pairs of random tokens with the given lengths of prompt, chosen and rejected."""
+def random_pairs(sizes: Sequence[tuple[int, ...]], vocabulary: int = 300, seed: int = 0) -> list[TokenizedPair]:
+    """Pairs, or ranked lists, of random tokens with the given lengths of prompt and responses, best to worst."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> list[int]:
         return torch.randint(2, vocabulary, (length,), generator=generator).tolist()
 
-    return [TokenizedPair(ids(p), ids(c), ids(r), "made up", row) for row, (p, c, r) in enumerate(sizes)]
+    pairs = []
+    for row, lengths in enumerate(sizes):
+        prompt, chosen, *between, rejected = map(ids, lengths)
+        pairs.append(TokenizedPair(prompt, chosen, rejected, "made up", row, tuple(between)))
+    return pairs
 
 
-def random_batch(sizes: list[tuple[int, int, int]], **options: Any) -> PairBatch:
+def random_batch(sizes: Sequence[tuple[int, ...]], **options: Any) -> PairBatch:
     """The same as a batch."""
     return PairBatch.from_pairs(random_pairs(sizes, **options))
 

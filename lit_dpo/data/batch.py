@@ -1,13 +1,14 @@
 """TokenizedPairs ──► PairBatch: one flat row of tokens, no padding, each prompt once.
 
-For each pair the row holds prompt, chosen, rejected. Positions restart after the prompt, so a response sees the prompt
-at the same distance as if it stood alone::
+For each pair the row holds prompt, chosen, rejected, and of a ranked list all responses from best to worst. Positions
+restart after the prompt, so a response sees the prompt at the same distance as if it stood alone::
 
     token     p0 p1 p2 | c0 c1 c2 c3 | r0 r1 | p0 p1 | ...
     position   0  1  2 |  3  4  5  6 |  3  4 |  0  1 | ...
     predicts         ╰──► c0 and r0       (the prompt's last token predicts the first of both)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,35 +18,40 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lit_dpo.data.tokenization import TokenizedPair
-from lit_dpo.objectives import PairLogps
+from lit_dpo.objectives import PairLogps, Responses, TokenStatistics
 
 
 class Segment(NamedTuple):
-    """Lengths, in tokens, of one pair's three parts in the flat row."""
+    """Lengths, in tokens, of the parts of one pair, or of one ranked list, in the flat row."""
 
     prompt: int
-    chosen: int
-    rejected: int
+    responses: tuple[int, ...]  # from best to worst, two for a pair
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all parts."""
+        return self.prompt + sum(self.responses)
 
 
 class PaddedRows(NamedTuple):
-    """The same pairs as 2·P separate rows (chosen, rejected, chosen, …) of N tokens, padded on the right."""
+    """The same pairs as S separate rows, one a response (chosen, rejected, chosen, …), of N tokens, padded on the right."""
 
-    input_ids: Tensor  # (2P, N)
-    attention_mask: Tensor  # (2P, N) 1 on tokens, 0 on padding
-    response_mask: Tensor  # (2P, N) True on response tokens
+    input_ids: Tensor  # (S, N)
+    attention_mask: Tensor  # (S, N) 1 on tokens, 0 on padding
+    response_mask: Tensor  # (S, N) True on response tokens
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs as one row of T tokens, with R response tokens among them.
+    """P pairs, with S responses, as one row of T tokens, with R response tokens among them.
 
     Attributes:
         input_ids: Token ids, (T,).
         position_ids: Position of each token in its own conversation, (T,).
         predictors: For each response token, the index in the row of the token that predicts it, (R,); pairs in order,
-            within each the chosen response before the rejected one.
+            within each the responses from best to worst.
         targets: Id of each response token, (R,).
+        scores: The data's own score of each response, (S,); NaN where it has none.
         segments: Lengths of the parts of each pair, P of them.
         origins: Source and row number of each pair, P of them.
         keys: Digest of each pair's token ids, P of them.
@@ -55,6 +61,7 @@ class PairBatch:
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    scores: Tensor
     segments: tuple[Segment, ...]
     origins: tuple[tuple[str, int], ...]
     keys: tuple[bytes, ...]
@@ -71,7 +78,7 @@ class PairBatch:
             last_prompt = len(ids) + num_prompt - 1
             ids += pair.prompt
             positions += range(num_prompt)
-            for response in (pair.chosen, pair.rejected):
+            for response in pair.responses:
                 start = len(ids)
                 predictors += [last_prompt, *range(start, start + len(response) - 1)]
                 targets += response
@@ -82,7 +89,8 @@ class PairBatch:
             position_ids=torch.tensor(positions),
             predictors=torch.tensor(predictors),
             targets=torch.tensor(targets),
-            segments=tuple(Segment(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs),
+            scores=torch.tensor([score for pair in pairs for score in pair.scores or [math.nan] * len(pair.responses)]),
+            segments=tuple(Segment(len(pair.prompt), tuple(map(len, pair.responses))) for pair in pairs),
             origins=tuple((pair.source, pair.row) for pair in pairs),
             keys=tuple(pair.key for pair in pairs),
         )
@@ -92,16 +100,28 @@ class PairBatch:
         return len(self.segments)
 
     @property
-    def response_lengths(self) -> list[int]:
-        """Tokens of each response, in the order of ``targets``, 2·P of them."""
-        return [length for segment in self.segments for length in (segment.chosen, segment.rejected)]
+    def response_lengths(self) -> tuple[int, ...]:
+        """Tokens of each response, in the order of ``targets``, S of them."""
+        return tuple(length for segment in self.segments for length in segment.responses)
 
-    def sum_responses(self, logps: Tensor) -> PairLogps:
+    def pairs(self) -> list[TokenizedPair]:
+        """The pairs that were laid out."""
+        found, start, response = [], 0, 0
+        for segment, (source, row) in zip(self.segments, self.origins, strict=True):
+            parts = self.input_ids[start : start + segment.num_tokens].split((segment.prompt, *segment.responses))
+            prompt, chosen, *between, rejected = (part.tolist() for part in parts)
+            scores = self.scores[response : response + len(segment.responses)]
+            known = () if scores.isnan().any() else tuple(scores.tolist())
+            found.append(TokenizedPair(prompt, chosen, rejected, source, row, tuple(between), known))
+            start, response = start + segment.num_tokens, response + len(segment.responses)
+        return found
+
+    def sum_responses(self, logps: Tensor, statistics: TokenStatistics | None = None) -> PairLogps:
         """Sums of the response tokens' log-probs (R,), by response."""
-        # Summed one by one: index_add would sum in another order each time on CUDA.
-        sums = torch.stack([part.sum() for part in logps.split(self.response_lengths)])
-        lengths = torch.tensor(self.response_lengths, device=sums.device)
-        return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+        counts = tuple(len(segment.responses) for segment in self.segments)
+        responses = Responses(logps, self.response_lengths, counts, self.scores, statistics)
+        lengths = torch.tensor(self.response_lengths, device=logps.device)
+        return PairLogps(*responses.ends(responses.sum(logps)), *responses.ends(lengths), responses)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""
@@ -116,11 +136,12 @@ class PairBatch:
         rows: list[Tensor] = []
         masks: list[Tensor] = []
         start = 0
-        for prompt, chosen, rejected in self.segments:
-            tokens = self.input_ids[start : start + prompt + chosen + rejected]
-            for response in (tokens[prompt : prompt + chosen], tokens[prompt + chosen :]):
-                rows.append(torch.cat([tokens[:prompt], response]))
-                masks.append(torch.arange(len(rows[-1]), device=tokens.device) >= prompt)
+        for segment in self.segments:
+            tokens = self.input_ids[start : start + segment.num_tokens]
+            prompt, *responses = tokens.split((segment.prompt, *segment.responses))
+            for response in responses:
+                rows.append(torch.cat([prompt, response]))
+                masks.append(torch.arange(len(rows[-1]), device=tokens.device) >= len(prompt))
             start += len(tokens)
 
         def pad(parts: list[Tensor], value: int) -> Tensor:
@@ -136,4 +157,5 @@ class PairBatch:
             position_ids=function(self.position_ids),
             predictors=function(self.predictors),
             targets=function(self.targets),
+            scores=function(self.scores),
         )

@@ -1,19 +1,27 @@
 """A row in any of the field's formats ──► a ``PreferencePair``, or the reason why not.
 
-Three formats are read, by what the row holds:
+Four formats are read, by what the row holds:
 
 - message lists that repeat the prompt, as in UltraFeedback binarized:
   ``{"chosen": [user, assistant], "rejected": [user, assistant]}``, with or without ``prompt``;
 - plain strings: ``{"prompt": str, "chosen": str, "rejected": str}``;
-- conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``.
+- conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``;
+- ranked lists: ``{"prompt": ..., "responses": [...], "scores": [...]}``, or without ``scores`` from best to worst; so too
+  the original UltraFeedback, ``{"instruction": str, "completions": [{"response": str, "overall_score": float}, ...]}``.
+
+The data's own scores come along: of a pair ``score_chosen`` and ``score_rejected``. Of a ranked list only one response of
+each score is kept, the first: which of two equals is better, nobody said.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
+# Of UltraFeedback's completions the mean of four ratings, before the one number that was read wrongly for some of them
+SCORE_NAMES = ("fine-grained_score", "overall_score", "score")
 
 
 class RowError(ValueError):
@@ -22,24 +30,32 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt and two responses to it, as chat messages."""
+    """A prompt and two responses to it, or a ranked list of more, as chat messages."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
+    between: tuple[Message, ...] = ()  # of a ranked list what lies between best and worst, in order
+    scores: tuple[float, ...] = ()  # the data's own, from best to worst; empty where it has none
 
 
-def read_pair(row: Mapping[str, Any]) -> PreferencePair | str:
+def read_pair(row: Mapping[str, Any], max_responses: int = 2) -> PreferencePair | str:
     """Reads one row.
 
+    Args:
+        row: The row.
+        max_responses: Most responses that are taken of a ranked list: the best, the worst, and evenly spread others.
+
     Returns:
-        The pair, or the reason to leave it out: ``"empty prompt"``, ``"empty response"``, ``"identical responses"``
-        or ``"more than one answer turn"``.
+        The pair, or the reason to leave it out: ``"empty prompt"``, ``"empty response"``, ``"identical responses"``,
+        ``"more than one answer turn"`` or ``"no two responses of different scores"``.
 
     Raises:
         RowError: If the row is in none of the formats.
     """
     missing = [key for key in ("chosen", "rejected") if key not in row]
+    if len(missing) == 2 and ("completions" in row or "responses" in row):
+        return _read_list(row, max_responses)
     if missing:
         raise RowError(f"no column {missing[0]!r}; the columns are {sorted(row)}")
     chosen, rejected, prompt = (_decoded(row.get(key)) for key in ("chosen", "rejected", "prompt"))
@@ -72,7 +88,77 @@ def read_pair(row: Mapping[str, Any]) -> PreferencePair | str:
         return "empty response"
     if chosen_turns == rejected_turns:
         return "identical responses"
-    return PreferencePair(turns, chosen_turns[0], rejected_turns[0])
+    scores = tuple(_number(row.get(f"score_{name}")) for name in ("chosen", "rejected"))
+    known = not any(math.isnan(score) for score in scores)
+    return PreferencePair(turns, chosen_turns[0], rejected_turns[0], scores=scores if known else ())
+
+
+def _read_list(row: Mapping[str, Any], max_responses: int) -> PreferencePair | str:
+    """Reads a row with a list of responses."""
+    listed = row["completions"] if "completions" in row else row["responses"]
+    prompt = _decoded(row.get("prompt", row.get("instruction")))
+    if prompt is None:
+        raise RowError("a list of responses needs a column 'prompt' or 'instruction'")
+    if not isinstance(listed, list):
+        raise RowError(f"the responses must be a list, not {type(listed).__name__}")
+    answers = [_answer(response) for response in listed]
+    scores = [_number(score) for score in row.get("scores") or [_score(response) for response in listed]]
+    if len(scores) != len(answers):
+        raise RowError(f"there are {len(scores)} scores for {len(answers)} responses")
+    turns = _messages(prompt, "prompt")
+    if not turns or not _has_text(turns[-1]):
+        return "empty prompt"
+    scored = not all(math.isnan(score) for score in scores)
+    order = range(len(answers))
+    if scored:
+        order = sorted((i for i in order if not math.isnan(scores[i])), key=lambda i: -scores[i])  # type: ignore[assignment]
+    kept: list[int] = []
+    for index in order:
+        if not _has_text(answers[index]) or any(answers[index] == answers[other] for other in kept):
+            continue
+        if not (scored and kept and scores[index] == scores[kept[-1]]):
+            kept.append(index)
+    if len(kept) < 2:
+        return "no two responses of different scores"
+    kept = _spread(kept, max_responses)
+    best, *between, worst = (answers[index] for index in kept)
+    return PreferencePair(
+        turns, best, worst, tuple(between), tuple(scores[index] for index in kept) if scored else ()
+    )
+
+
+def _answer(response: Any) -> Message:
+    """One response of a list, as a message: a text, a message, a list of one, or an entry with a ``response``."""
+    if isinstance(response, list) and len(response) == 1:
+        (response,) = response
+    if isinstance(response, Mapping) and "response" in response:
+        response = response["response"]
+    if isinstance(response, str):
+        return {"role": "assistant", "content": response}
+    if isinstance(response, Mapping) and response.get("role") == "assistant":
+        return _messages([response], "responses")[0]
+    raise RowError(f"a response must be a text or an assistant's message, not {response!r:.80}")
+
+
+def _score(response: Any) -> Any:
+    """The score that an entry of a list of responses carries."""
+    if not isinstance(response, Mapping):
+        return None
+    return next((response[name] for name in SCORE_NAMES if not math.isnan(_number(response.get(name)))), None)
+
+
+def _number(value: Any) -> float:
+    """A number, NaN for anything that is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """At most so many items: the first, the last, and evenly spread others."""
+    number = min(most, len(items))
+    return [items[round(place * (len(items) - 1) / (number - 1))] for place in range(number)]
 
 
 def _decoded(value: Any) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,12 +19,14 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.pairs import RowError, read_pair
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 
-FORMAT_VERSION = 2  # raise it when the meaning of the cached columns changes
+FORMAT_VERSION = 3  # raise it when the meaning of the cached columns changes
 FEATURES = Features(
     {
         "prompt": ListOf(Value("int32")),
         "chosen": ListOf(Value("int32")),
         "rejected": ListOf(Value("int32")),
+        "between": ListOf(ListOf(Value("int32"))),  # of a ranked list what lies between best and worst
+        "scores": ListOf(Value("float64")),  # the data's own, from best to worst, or none
         "question": Value("string"),  # the last user turn, as written
         "row": Value("int64"),
         "num_tokens": Value("int32"),
@@ -55,14 +57,20 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
     def pair(self, index: int) -> TokenizedPair:
         """One tokenized pair."""
         row = self.columns[self.indices[index]]
-        return TokenizedPair(row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
+        parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
+        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]))
+
+    def scores(self) -> Iterator[tuple[int, list[float]]]:
+        """Row number and the data's own scores, from best to worst, of each pair."""
+        everything = range(len(self))
+        return zip(self._column("row", everything), self._column("scores", everything), strict=True)
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
         """``TokenizedPair.key`` of some pairs, without reading their tokens."""
         return self._column("key", indices)
 
     def num_tokens(self, indices: Sequence[int]) -> list[int]:
-        """Tokens of some pairs, prompt and both responses."""
+        """Tokens of some pairs, prompt and responses."""
         return self._column("num_tokens", indices)
 
     def _column(self, name: str, indices: Sequence[int]) -> list[Any]:
@@ -106,12 +114,17 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
 
 def prepare_pairs(
-    rows: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_proc: int | None = None
+    rows: Dataset,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+    num_proc: int | None = None,
+    max_responses: int = 2,
 ) -> tuple[PairDataset, list[str]]:
     """Tokenizes all rows, or takes them from the cache, and leaves out what cannot be trained on.
 
     The cache's key is made of the rows' own fingerprint, the tokenizer with its chat template, the truncation, and the
-    version of the format: what the ids depend on, and nothing else.
+    version of the format: what the columns depend on, and nothing else.
 
     Args:
         rows: The rows.
@@ -119,6 +132,7 @@ def prepare_pairs(
         tokenizer: Tokenizer with a chat template.
         truncation: How long a pair may be.
         num_proc: Processes that tokenize; None for this one.
+        max_responses: Most responses that are taken of a ranked list.
 
     Returns:
         The pairs, and one line for each reason that left some out.
@@ -126,14 +140,19 @@ def prepare_pairs(
     Raises:
         ValueError: If a row is in no known format, naming the row, or if no pair is left.
     """
-    key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(tokenizer), asdict(truncation)])
+    key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(tokenizer), asdict(truncation), max_responses])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
     columns = rows.map(
         _prepare_row,
         with_indices=True,
-        fn_kwargs={"source": source, "tokenizer": tokenizer, "truncation": truncation},
+        fn_kwargs={
+            "source": source,
+            "tokenizer": tokenizer,
+            "truncation": truncation,
+            "max_responses": max_responses,
+        },
         remove_columns=rows.column_names,
         features=FEATURES,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
@@ -156,11 +175,16 @@ def prepare_pairs(
 
 
 def _prepare_row(
-    row: dict[str, Any], index: int, source: str, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+    row: dict[str, Any],
+    index: int,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+    max_responses: int,
 ) -> dict[str, Any]:
     """One row of the cached data set."""
     try:
-        pair = read_pair(row)
+        pair = read_pair(row, max_responses)
         result = pair if isinstance(pair, str) else truncation(tokenize(pair, tokenizer))
     except RowError as error:
         raise ValueError(f"{source}, row {index}: {error}.") from error
@@ -172,6 +196,8 @@ def _prepare_row(
         "prompt": result.prompt,
         "chosen": result.chosen,
         "rejected": result.rejected,
+        "between": list(result.between),
+        "scores": list(result.scores),
         "question": question,
         "row": index,
         "num_tokens": result.num_tokens,

@@ -1,9 +1,10 @@
 """PreferencePair ──► TokenizedPair: the chat template rendered once, one boundary, one rule of truncation."""
 
 import hashlib
+import itertools
 import os.path
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -15,24 +16,31 @@ Overlong: TypeAlias = Literal["truncate", "drop"]
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of a pair. Both responses follow the very same prompt ids."""
+    """Token ids of a pair, or of a ranked list. All responses follow the very same prompt ids."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     source: str = ""  # where the pair came from, for messages
     row: int = -1  # counted from 0 in the source
+    between: tuple[list[int], ...] = ()  # of a ranked list what lies between best and worst, in order
+    scores: tuple[float, ...] = ()  # the data's own, from best to worst; empty where it has none
+
+    @property
+    def responses(self) -> tuple[list[int], ...]:
+        """All responses, from best to worst."""
+        return (self.chosen, *self.between, self.rejected)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and both responses."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+        """Tokens of prompt and responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
 
     @property
     def key(self) -> bytes:
-        """A digest of the three parts' token ids, 16 bytes: all that log-probs depend on besides the model."""
-        parts = (self.prompt, self.chosen, self.rejected)
-        ids = array("q", [*map(len, parts), *self.prompt, *self.chosen, *self.rejected])
+        """A digest of the parts' token ids, 16 bytes: all that log-probs depend on besides the model."""
+        parts = (self.prompt, *self.responses)
+        ids = array("q", [*map(len, parts), *itertools.chain(*parts)])
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
@@ -73,12 +81,17 @@ class Truncation:
         if room and min(room) < 1:
             return "prompt leaves no room for a response"
         end = min(room, default=None)
-        cut = TokenizedPair(prompt, pair.chosen[:end], pair.rejected[:end], pair.source, pair.row)
-        if self.overlong == "drop" and cut != pair:
+        responses = [response[:end] for response in pair.responses]
+        if self.overlong == "drop" and (prompt != pair.prompt or responses != list(pair.responses)):
             return "longer than allowed"
-        if cut.chosen == cut.rejected:
+        kept = [place for place, response in enumerate(responses) if response not in responses[:place]]
+        if len(kept) < 2:
             return "identical after truncation"
-        return cut
+        chosen, *between, rejected = (responses[place] for place in kept)
+        scores = tuple(pair.scores[place] for place in kept) if pair.scores else ()
+        return replace(
+            pair, prompt=prompt, chosen=chosen, rejected=rejected, between=tuple(between), scores=scores
+        )
 
 
 def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> TokenizedPair:
@@ -86,7 +99,7 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
 
     A response's ids are those of the whole conversation after the prompt's ids, where these are its beginning, as
     nearly always. Where a token would straddle the boundary, prompt and response are tokenized apart, so that the
-    boundary is a token boundary and both responses share the prompt's ids. The tokenizer's EOS token is appended only
+    boundary is a token boundary and all responses share the prompt's ids. The tokenizer's EOS token is appended only
     where the template writes nothing after the answer.
 
     Raises:
@@ -102,10 +115,11 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    conversations = [render(pair.chosen), render(pair.rejected)]
+    answers = (pair.chosen, *pair.between, pair.rejected)
+    conversations = [render(answer) for answer in answers]
     generation = render(generate=True)
     # A template may open the answer differently when it generates (a thinking tag, say): then the prompt ends where
-    # prompt and both conversations part, but never before the end of the last user turn.
+    # prompt and all conversations part, but never before the end of the last user turn.
     prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
     if prompt_text != generation and not prompt_text.startswith(render()):
         raise ValueError(
@@ -114,12 +128,12 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         )
     prompt = encode(prompt_text)
     responses = []
-    for text, answer in zip(conversations, (pair.chosen, pair.rejected), strict=True):
+    for text, answer in zip(conversations, answers, strict=True):
         ids = encode(text)
         response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(text[len(prompt_text) :])
         content = answer["content"]
         if isinstance(content, str) and text.rstrip().endswith(content.rstrip()) and tokenizer.eos_token_id is not None:
             response = [*response, tokenizer.eos_token_id]
         responses.append(response)
-    chosen, rejected = responses
-    return TokenizedPair(prompt, chosen, rejected)
+    chosen, *between, rejected = responses
+    return TokenizedPair(prompt, chosen, rejected, between=tuple(between), scores=pair.scores)

@@ -1,7 +1,7 @@
 """Attention over the flat layout of ``PairBatch``, registered with transformers as ``lit_dpo``.
 
 A prompt token attends to its prompt; a response token to its prompt and its own response; nothing else: causal
-attention over prompt + chosen, and over prompt + rejected. Which tokens those are is laid out once a batch
+attention over prompt + response, for each response. Which tokens those are is laid out once a batch
 (``AttentionLayout``); each layer then gathers and calls the hardware's best kernel. Where the forward carries no
 ``layout`` (generation, padded rows), transformers' own SDPA is used.
 """
@@ -36,38 +36,36 @@ class UnsupportedAttentionError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Gather:
-    """Tokens of the flat row, some of them taken twice, in another order.
+    """Tokens of the flat row, those of prompts taken once for each response, in another order.
 
     Attributes:
         index: For each place its token, (N,).
         first: For each token of the row the first place that holds it, (T,).
-        again: Tokens that are taken a second time, (M,).
-        second: Their second places, (M,).
+        again: Tokens that are taken a second time, and their places; those taken a third time, and so on.
     """
 
     index: Tensor
     first: Tensor
-    again: Tensor
-    second: Tensor
+    again: tuple[tuple[Tensor, Tensor], ...]
 
     def __call__(self, row: Tensor) -> Tensor:
-        """Takes (T, …) to (N, …); the gradient of a token taken twice is the sum, in a fixed order."""
-        return _Gathered.apply(row, self.index, self.first, self.again, self.second)  # type: ignore[no-any-return, no-untyped-call]
+        """Takes (T, …) to (N, …); the gradient of a token taken several times is the sum, in a fixed order."""
+        return _Gathered.apply(row, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, row: Tensor, index: Tensor, first: Tensor, again: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, again, second)
-        return row.index_select(0, index)
+    def forward(ctx: Any, row: Tensor, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return row.index_select(0, gather.index)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
-        first, again, second = ctx.saved_tensors
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         (gradient,) = outputs
-        row = gradient.index_select(0, first)
-        row[again] += gradient.index_select(0, second)
-        return row, None, None, None, None
+        row = gradient.index_select(0, ctx.gather.first)
+        for tokens, places in ctx.gather.again:
+            row[tokens] += gradient.index_select(0, places)
+        return row, None
 
 
 class AttentionLayout:
@@ -92,7 +90,7 @@ class AttentionLayout:
 
     @cached_property
     def rows(self) -> tuple[Gather, list[tuple[int, int]]]:
-        """Prompt + chosen and prompt + rejected as rows, padded at their end to groups of similar length.
+        """Each prompt + response as a row, padded at their end to groups of similar length.
 
         Returns:
             The tokens, and (rows, length) of each group.
@@ -118,42 +116,46 @@ class AttentionLayout:
 
     @cached_property
     def keys(self) -> Gather:
-        """Keys of the queries prompt + chosen, then of the queries rejected, pair by pair, without padding."""
+        """Keys of the queries prompt + first response, then of those of each other, pair by pair, without padding."""
         rows = list(self._conversations())
         offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0).tolist()
         return self._gather(torch.cat(rows), rows, offsets)
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """Where queries and keys of each of the 2·P sequences begin and end, (2P + 1,), and the longest of both."""
-        queries = [length for s in self.segments for length in (s.prompt + s.chosen, s.rejected)]
-        keys = [s.prompt + length for s in self.segments for length in (s.chosen, s.rejected)]
+        """Where queries and keys of each of the S sequences begin and end, (S + 1,), and the longest of both."""
+        queries = [length for s in self.segments for length in (s.prompt + s.responses[0], *s.responses[1:])]
+        keys = [s.prompt + length for s in self.segments for length in s.responses]
         q, k = (torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32) for lengths in (queries, keys))
         return q, k, max(queries), max(keys)
 
     def _conversations(self) -> Any:
-        """Tokens of prompt + chosen, then of prompt + rejected, pair by pair, as indices in the flat row."""
+        """Tokens of prompt + response, for each response of each pair, as indices in the flat row."""
         start = 0
-        for prompt, chosen, rejected in self.segments:
-            tokens = torch.arange(start, start + prompt + chosen + rejected)
-            yield tokens[: prompt + chosen]
-            yield torch.cat([tokens[:prompt], tokens[prompt + chosen :]])
+        for segment in self.segments:
+            tokens = torch.arange(start, start + segment.num_tokens)
+            prompt, *responses = tokens.split((segment.prompt, *segment.responses))
+            for response in responses:
+                yield torch.cat([prompt, response])
             start += len(tokens)
 
     def _gather(self, index: Tensor, rows: Sequence[Tensor], offsets: Sequence[int]) -> Gather:
         """The gather that puts each conversation at its offset."""
-        first = torch.empty(sum(map(sum, self.segments)), dtype=torch.long)
-        again, second = [], []
-        for number, (segment, row, offset) in enumerate(
-            zip([s for s in self.segments for _ in range(2)], rows, offsets, strict=True)
-        ):
+        first = torch.empty(sum(segment.num_tokens for segment in self.segments), dtype=torch.long)
+        again: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(max(len(s.responses) for s in self.segments) - 1)]
+        responses = [(segment.prompt, number) for segment in self.segments for number in range(len(segment.responses))]
+        for (prompt, number), row, offset in zip(responses, rows, offsets, strict=True):
             places = torch.arange(offset, offset + len(row))
-            new = segment.prompt if number % 2 else 0  # the prompt has its first places in prompt + chosen
+            new = prompt if number else 0  # the prompt has its first places with the first response
             first[row[new:]] = places[new:]
-            again.append(row[:new])
-            second.append(places[:new])
-        parts = (index, first, torch.cat(again), torch.cat(second))
-        return Gather(*(part.to(self.device, non_blocking=True) for part in parts))
+            if number:
+                again[number - 1].append((row[:new], places[:new]))
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(self.device, non_blocking=True)
+
+        repeated = ((torch.cat(tokens), torch.cat(places)) for tokens, places in (zip(*a, strict=True) for a in again))
+        return Gather(moved(index), moved(first), tuple((moved(tokens), moved(places)) for tokens, places in repeated))
 
 
 def group(lengths: Sequence[int], call_cost: float) -> list[int]:
@@ -195,7 +197,7 @@ def flat_attention(
 
     Example:
         >>> q = torch.randn(5, 2, 4)
-        >>> flat_attention(q, q, q, AttentionLayout([Segment(2, 2, 1)], q.device), scale=0.5).shape
+        >>> flat_attention(q, q, q, AttentionLayout([Segment(2, (2, 1))], q.device), scale=0.5).shape
         torch.Size([5, 2, 4])
     """
     if _has_varlen(query):

@@ -11,7 +11,7 @@ BATCH = PairBatch.from_pairs(
 def test_the_row_holds_each_prompt_once_and_no_padding() -> None:
     assert BATCH.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
     assert BATCH.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3]
-    assert BATCH.segments == (Segment(3, 2, 1), Segment(1, 1, 3))
+    assert BATCH.segments == (Segment(3, (2, 1)), Segment(1, (1, 3)))
     assert BATCH.origins == (("file", 7), ("file", 9))
     assert len(BATCH) == 2
 
@@ -19,7 +19,7 @@ def test_the_row_holds_each_prompt_once_and_no_padding() -> None:
 def test_each_response_token_is_predicted_by_the_token_before_it_in_its_conversation() -> None:
     assert BATCH.targets.tolist() == [4, 5, 6, 9, 10, 11, 12]
     assert BATCH.input_ids[BATCH.predictors].tolist() == [3, 4, 3, 8, 8, 10, 11]
-    assert BATCH.response_lengths == [2, 1, 1, 3]
+    assert BATCH.response_lengths == (2, 1, 1, 3)
 
 
 def test_padded_rows_hold_the_same_conversations() -> None:

@@ -21,7 +21,8 @@ class Endless:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tokens = [index % 97 + 1] * 60
-        return {"prompt": tokens[:20], "chosen": tokens, "rejected": tokens[:40], "row": index}
+        parts = {"prompt": tokens[:20], "chosen": tokens, "rejected": tokens[:40], "between": [], "scores": []}
+        return {**parts, "row": index}
 
     def column(self, name: str) -> "Endless":
         return self

@@ -8,7 +8,8 @@ from lit_dpo.data.batch import Segment
 from lit_dpo.policy import attention
 from lit_dpo.policy.attention import CALL_COST, AttentionLayout, flat_attention, group
 
-SEGMENTS = [Segment(3, 4, 2), Segment(1, 1, 6), Segment(9, 1, 1)]
+# Pairs, and ranked lists of three and of four responses
+SEGMENTS = [Segment(3, (4, 2)), Segment(1, (1, 6)), Segment(2, (3, 1, 5, 2)), Segment(9, (1, 1)), Segment(4, (1, 1, 1))]
 
 
 def dense_mask(window: int | None) -> torch.Tensor:
@@ -16,7 +17,7 @@ def dense_mask(window: int | None) -> torch.Tensor:
     places = [
         (pair, part, (0 if part == 0 else segment.prompt) + offset)
         for pair, segment in enumerate(SEGMENTS)
-        for part, length in enumerate(segment)
+        for part, length in enumerate((segment.prompt, *segment.responses))
         for offset in range(length)
     ]
     return torch.tensor(
@@ -74,7 +75,7 @@ def test_equals_attention_under_the_dense_mask(
         monkeypatch.setattr(attention, "_has_varlen", lambda query: True)
         monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
     torch.manual_seed(0)
-    tokens = sum(map(sum, SEGMENTS))
+    tokens = sum(segment.num_tokens for segment in SEGMENTS)
     query = torch.randn(tokens, 4, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(tokens, groups, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(query)
@@ -100,11 +101,12 @@ def test_a_few_calls_serve_however_many_pairs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
     for pairs in (8, 128):
         calls.clear()
-        segments = [Segment(*torch.randint(1, 160, (3,), generator=generator).tolist()) for _ in range(pairs)]
-        rows = torch.randn(sum(map(sum, segments)), 1, 8)
+        lengths = torch.randint(1, 160, (pairs, 3), generator=generator).tolist()
+        segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in lengths]
+        rows = torch.randn(sum(map(sum, lengths)), 1, 8)
         flat_attention(rows, rows, rows, AttentionLayout(segments, rows.device), scale=1.0)
         assert len(calls) <= 24
-        conversations = sum(s.prompt + length for s in segments for length in s[1:])
+        conversations = sum(s.prompt + length for s in segments for length in s.responses)
         assert sum(calls) < 1.35 * conversations, "padding"
 
 
