@@ -96,12 +96,17 @@ def resolve_base(base: str, gguf_file: str | None = None, revision: str | None =
 
 
 def load_tokenizer(
-    base: str, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    base: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, with a chat template and a padding token.
+    """The tokenizer of a base model, with a padding token and, for ``chat``, a chat template.
 
     Raises:
-        ValueError: If it has no chat template.
+        ValueError: If it is to have a chat template, and has none.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -111,7 +116,7 @@ def load_tokenizer(
         raise
     except OSError as error:
         raise BaseModelError(base, error) from error
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise ValueError(
             f"The tokenizer of {base} has no chat template, so prompts and responses cannot be told apart. "
             "Use an instruction-tuned model, or save the tokenizer with a chat_template of your own."

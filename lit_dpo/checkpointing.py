@@ -63,28 +63,36 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
         quantization: Its quantization as it was given, ``nf4`` staying so.
 
     Raises:
-        ValueError: If the objective does not keep an argument under its own name.
+        ValueError: If the objective, or another object, does not keep an argument under its own name.
     """
     names = ["base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout"]
-    names += ["gguf_file", "revision", "trust_remote_code"]
-    renamed = {"reference": module.reference_kind, "compile": module.compilation}
-    objective = type(module.objective)
-    parameters = [name for name in inspect.signature(objective.__init__).parameters if name != "self"]
-    lost = [name for name in parameters if not hasattr(module.objective, name)]
-    if lost:
-        raise ValueError(f"{objective.__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
-    if isinstance(quantization, BitsAndBytesConfig):
-        quantization = _plain_fields(quantization, BitsAndBytesConfig())
+    names += ["on_nonfinite", "gguf_file", "revision", "trust_remote_code"]
     return {
         **{name: getattr(module, name) for name in names},
-        **renamed,
-        "objective": {
-            "class_path": _path(objective),
-            "init_args": {name: getattr(module.objective, name) for name in parameters},
-        },
+        "reference": _plain_object(module.reference_choice),
+        "compile": module.compilation,
+        "objective": _plain_object(module.objective),
         "lora": _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
-        "quantization": quantization,
+        "quantization": _plain_object(quantization),
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+
+
+def _plain_object(value: Any) -> Any:
+    """An object as its class and the arguments that it was made with, and so those among them."""
+    if isinstance(value, BitsAndBytesConfig):
+        return _plain_fields(value, BitsAndBytesConfig())
+    if isinstance(value, list | tuple | torch.nn.ModuleList):
+        return [_plain_object(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    arguments = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
+    lost = [name for name in arguments if not hasattr(value, name)]
+    if lost:
+        raise ValueError(f"{type(value).__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
+    return {
+        "class_path": _path(type(value)),
+        "init_args": {name: _plain_object(getattr(value, name)) for name in arguments},
     }
 
 

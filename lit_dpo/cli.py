@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, LastCheckpoint, PredictionWriter, RunSummary
-from lit_dpo.callbacks.run_dir import run_dir
+from lit_dpo.run_dir import run_dir
 from lit_dpo.commands import DESCRIPTIONS
 from lit_dpo.commands.generate import generate
 from lit_dpo.datamodule import PreferenceDataModule

@@ -1,6 +1,5 @@
 """DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
 
-import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, get_scheduler
 
-from lit_dpo.base_model import cache_dir, load_tokenizer
+from lit_dpo.base_model import load_tokenizer
 from lit_dpo.checkpointing import (
     apply_settings,
     plain_hyperparameters,
@@ -25,12 +24,14 @@ from lit_dpo.checkpointing import (
 )
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
-from lit_dpo.objectives import Objective, Sigmoid
+from lit_dpo.objectives import Objective, PairLogps, Sigmoid
 from lit_dpo.policy.execution import Switch, compilation_pays
-from lit_dpo.policy.loading import LORA, NF4, load_policy, precision_for
+from lit_dpo.policy.loading import LORA, MOVING_ADAPTER, Quantization, load_policy, precision_for, quantization_for
 from lit_dpo.policy.policy import Layout, Policy
-from lit_dpo.policy.reference import CachedReference, InitialPolicy, Reference
+from lit_dpo.policy.reference import AnotherModel, InitialPolicy, MovingReference, NoReference, Reference
+from lit_dpo.policy.reference_cache import CachedReference
 from lit_dpo.reference_pass import ReferencePass
+from lit_dpo.step import PAIRS, FiniteSteps, Observation, plain_pairs
 
 Prediction: TypeAlias = dict[str, Any]
 LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -52,11 +53,15 @@ class DPOModule(LightningModule):
         lr_scheduler: Course of the learning rate after warm-up, by transformers' names.
         warmup: Share of the optimizer steps over which the learning rate rises from 0.
         reference: ``cached`` computes the initial policy's log-probs of each pair once and keeps them on disk for every
-            epoch and run; ``live`` computes them at every step, for pairs that are met once.
+            epoch and run; ``live`` computes them at every step, for pairs that are met once; ``none`` computes none;
+            ``AnotherModel`` or ``MovingReference`` by class path. ``auto`` is ``cached`` for an objective that looks
+            at a reference, else ``none``; another choice then only feeds the metrics.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers;
             ``auto`` does so for batches that would not fit otherwise.
         compile: Compile the layers: less time and memory once it is done, same numbers but for rounding; ``auto`` does
             so on a CPU for runs of 500 batches or more, where there is a C++ compiler.
+        on_nonfinite: What happens if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the optimizer step.
+            Either way nothing is trained on it, and the batch is written to a file that reproduces it.
         token_metrics: Log ``entropy`` and ``mean_token_accuracy`` too, at the price of more passes over the vocabulary.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
@@ -77,15 +82,16 @@ class DPOModule(LightningModule):
         self,
         base: str,
         objective: Objective | None = None,
-        quantization: BitsAndBytesConfig | Literal["nf4"] | None = "nf4",
+        quantization: Quantization = "nf4",
         lora: LoraConfig | None = None,
         adapter: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
         lr_scheduler: LRCourse = "linear",
         warmup: float = 0.1,
-        reference: Literal["cached", "live"] = "cached",
+        reference: Literal["auto", "cached", "live", "none"] | AnotherModel | MovingReference = "auto",
         gradient_checkpointing: Switch = "auto",
         compile: Switch = "auto",  # noqa: A002
+        on_nonfinite: Literal["stop", "skip"] = "stop",
         token_metrics: bool = False,
         layout: Layout = "auto",
         gguf_file: str | None = None,
@@ -100,10 +106,18 @@ class DPOModule(LightningModule):
             raise ValueError("model.adapter goes on from an adapter that has its own shape: leave model.lora out.")
         self.base, self.gguf_file, self.revision, self.trust_remote_code = base, gguf_file, revision, trust_remote_code
         self.objective = Sigmoid() if objective is None else objective
-        self.quantization = BitsAndBytesConfig(**NF4) if quantization == "nf4" else quantization
+        if reference == "none" and self.objective.uses_reference:
+            raise ValueError(
+                f"model.reference=none: {type(self.objective).__name__} needs a reference. Objectives without one are "
+                "SimPO, ORPO, CPO and SFT."
+            )
+        self.quantization = quantization
         self.lora, self.adapter = lora, adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
-        self.reference_kind, self.layout, self.token_metrics = reference, layout, token_metrics
+        self.reference_choice, self.layout, self.token_metrics = reference, layout, token_metrics
+        self.on_nonfinite = on_nonfinite
+        self.step: list[Observation] = []  # the batches of the optimizer step that is being made
+        self.failed_step = False
         self.gradient_checkpointing, self.compilation = gradient_checkpointing, compile
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
@@ -116,8 +130,8 @@ class DPOModule(LightningModule):
         """The mean loss of the batch's pairs."""
         reference = self.reference.logps(batch)
         policy = self.policy.logps(batch)
-        losses = self.objective(policy, reference)
-        self.train_metrics.update(losses, self.objective.rewards(policy, reference), policy)
+        losses: Tensor = self.objective(policy, reference)
+        self.observe(self.train_metrics, batch, losses, policy, reference)
         return losses.mean() * self._window_correction(batch_idx)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -125,7 +139,7 @@ class DPOModule(LightningModule):
         reference = self.reference.logps(batch)
         policy = self.policy.logps(batch)
         losses = self.objective(policy, reference)
-        self.eval_metrics.update(losses, self.objective.rewards(policy, reference), policy)
+        self.observe(self.eval_metrics, batch, losses, policy, reference)
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """As in validation."""
@@ -179,9 +193,7 @@ class DPOModule(LightningModule):
 
     def build_policy(self, dtype: torch.dtype, device: torch.device) -> None:
         """Loads base and adapters, with base weights and matrix products in ``dtype``."""
-        quantization = copy.deepcopy(self.quantization)
-        if quantization is not None and quantization.bnb_4bit_compute_dtype == torch.float32:  # unless chosen otherwise
-            quantization.bnb_4bit_compute_dtype = dtype
+        quantization = quantization_for(self.quantization, dtype)
         model = load_policy(
             self.base,
             quantization=quantization,
@@ -189,14 +201,16 @@ class DPOModule(LightningModule):
             adapter=self.adapter,
             dtype=dtype,
             device=device,
+            moving=isinstance(self.reference_choice, MovingReference),
             gguf_file=self.gguf_file,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
-        self.policy = Policy(model, self.layout, self.gradient_checkpointing, self.token_metrics)
+        statistics = self.token_metrics or self.objective.uses_statistics
+        self.policy = Policy(model, self.layout, self.gradient_checkpointing, statistics)
         self._product_type = dtype
         trainable, total = model.get_nb_trainable_parameters()
-        weights, layout = _type_name(self.quantization, dtype), "flat" if self.policy.flat else "padded"
+        weights, layout = _type_name(quantization, dtype), "flat" if self.policy.flat else "padded"
         rank_zero_info(
             f"Policy: {self.base}, {trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, "
             f"base in {weights}, {layout} layout."
@@ -211,16 +225,27 @@ class DPOModule(LightningModule):
 
     @cached_property
     def reference(self) -> Reference:
-        """What the policy is held against: the policy as it was at the start."""
-        initial = InitialPolicy(self.policy)
-        if self.reference_kind == "live":
-            return initial
+        """What the policy is held against."""
+        choice = self.reference_choice
+        if choice == "none" or (choice == "auto" and not self.objective.uses_reference):
+            return NoReference()
+        if isinstance(choice, MovingReference):
+            choice.policy = self.policy
+            return choice
         dtype = self._product_type if self._trainer is None else PRECISIONS[self.trainer.precision]
-        return CachedReference(initial, cache_dir() / "reference" / initial.identity(dtype))
+        initial, cached = InitialPolicy(self.policy), choice != "live"
+        if isinstance(choice, AnotherModel):
+            initial, cached = choice.open(self.tokenizer, dtype, self.model.device), choice.cached
+        return CachedReference.of(initial, dtype) if cached else initial
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are log-probs to hold the policy's against."""
+        return not isinstance(self.reference, NoReference)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lets the reference compute the log-probs of the pairs ahead."""
-        return [ReferencePass()]
+        """Lets the reference compute the log-probs of the pairs ahead, and watches over the optimizer's steps."""
+        return [ReferencePass(), FiniteSteps(self.on_nonfinite)]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -242,12 +267,31 @@ class DPOModule(LightningModule):
         last_window = int(num_batches) % accumulate
         return accumulate / last_window if batch_idx >= num_batches - last_window else 1.0
 
+    # --- the optimizer step ----------------------------------------------------------------------------------------
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step, and tells those that keep running numbers."""
+        super().optimizer_step(*args, **kwargs)
+        self.objective.end_step(kept=not self.failed_step)
+        self.reference.end_step(self.global_step + 1)
+
     # --- logging ---------------------------------------------------------------------------------------------------
+
+    def observe(
+        self, metrics: PreferenceMetrics, batch: PairBatch, losses: Tensor, policy: PairLogps, reference: PairLogps
+    ) -> None:
+        """Adds a batch to the metrics, and in training to what the step is made of."""
+        rewards = self.objective.rewards(policy, reference)
+        against = reference if self.has_reference else None
+        metrics.update(losses, rewards, policy, against)
+        if metrics is self.train_metrics:
+            self.step.append(Observation(batch, losses.detach(), policy.detach(), against))
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Logs the mean over the pairs of an optimizer step, on all ranks."""
         if not self.trainer.fit_loop._should_accumulate():
             self._log_means("train", self.train_metrics)
+            self.step.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all held-out pairs; those before the first step too."""
@@ -274,13 +318,11 @@ class DPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the adapters alone: the base is the hub's, and a 4-bit state could not be loaded back."""
-        names = self._trainable_names()
+        names = self._kept_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
-        states: list[Any] = [random_state()]
-        if self.trainer.world_size > 1:
-            states = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(states, random_state())
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = self._of_all_ranks(random_state())
+        if self.failed_step:
+            checkpoint[PAIRS] = [batch for batches in self._of_all_ranks(plain_pairs(self.step)) for batch in batches]
         if self.trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(self.trainer.optimizers[0])
 
@@ -297,12 +339,13 @@ class DPOModule(LightningModule):
         Raises:
             ValueError: If the weights are not those of these very adapters, whatever ``strict``.
         """
-        found, expected = set(state_dict), self._trainable_names()
+        found, expected = set(state_dict), self._kept_names()
         if found != expected:
             example = sorted(found ^ expected)[0]
             raise ValueError(
-                f"The checkpoint holds {len(found)} adapter weights; {len(found & expected)} of them fit the "
-                f"{len(expected)} of this model ({example} is on one side only). Were its model.lora settings others?"
+                f"The checkpoint holds {len(found)} weights and running numbers; {len(found & expected)} of them fit the "
+                f"{len(expected)} of this model ({example} is on one side only). Were its model.lora, model.reference or "
+                "model.objective others?"
             )
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
@@ -318,8 +361,19 @@ class DPOModule(LightningModule):
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             apply_settings(optimizer, config.scheduler)
 
-    def _trainable_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _kept_names(self) -> set[str]:
+        """What a checkpoint holds: adapters in training, the copy that follows them, the objective's running numbers."""
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        kept |= {name for name, _ in self.named_parameters() if f".{MOVING_ADAPTER}." in name}
+        return kept | {f"objective.{name}" for name in self.objective.state_dict()}
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        """What each rank has to tell, in their order."""
+        if self.trainer.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
 
 def _type_name(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
-from lit_dpo.policy.reference import CachedReference
+from lit_dpo.policy.reference_cache import CachedReference
 
 
 class ReferencePass(Callback):
@@ -19,8 +19,11 @@ class ReferencePass(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The training pairs."""
+        """The training pairs; the held-out ones came before, in the sanity check, or come later."""
         self._fill(trainer, pl_module)
+        reference = vars(pl_module).get("reference")
+        if isinstance(reference, CachedReference):
+            reference.initial.release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The held-out pairs."""

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.callbacks.run_dir import run_dir
+from lit_dpo.run_dir import run_dir
 
 
 class LastCheckpoint(Checkpoint):

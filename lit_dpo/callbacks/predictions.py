@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.callbacks.run_dir import run_dir
+from lit_dpo.run_dir import run_dir
 
 
 class PredictionWriter(Callback):

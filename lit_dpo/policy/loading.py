@@ -1,8 +1,9 @@
 """Base weights, quantization, adapters ──► a PEFT model ready to train, with its initial policy within reach."""
 
+import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lit_dpo.base_model import BaseModelError, resolve_base
 from lit_dpo.policy.lora import fuse_adapters
 
-REFERENCE_ADAPTER = "reference"
+REFERENCE_ADAPTER = "reference"  # the frozen copy of the adapter that training goes on from
+MOVING_ADAPTER = "moving"  # the copy that follows those in training
+Quantization: TypeAlias = BitsAndBytesConfig | Literal["nf4"] | None
 # Initialisations that leave the base weights alone, so that "adapters off" is the initial policy.
 PLAIN_INITIALISATIONS = (True, "gaussian")
 # NF4 with double quantization (QLoRA; Dettmers et al. 2023, arXiv:2305.14314)
@@ -30,6 +33,14 @@ def precision_for(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+
+
+def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The quantization that was chosen, with 4-bit matrix products in ``dtype`` unless it says otherwise."""
+    quantization = BitsAndBytesConfig(**NF4) if choice == "nf4" else copy.deepcopy(choice)
+    if quantization is not None and quantization.bnb_4bit_compute_dtype == torch.float32:
+        quantization.bnb_4bit_compute_dtype = dtype
+    return quantization
 
 
 def check_lora(lora: LoraConfig) -> None:
@@ -65,6 +76,7 @@ def load_policy(
     adapter: str | None,
     dtype: torch.dtype,
     device: torch.device,
+    moving: bool = False,
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -78,6 +90,7 @@ def load_policy(
         adapter: Folder or hub id of an adapter to go on from; its frozen copy is loaded as ``reference``.
         dtype: Type of all base weights that are not quantized.
         device: Where to load.
+        moving: Whether to add a frozen copy of the adapters that can be moved.
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run the repository's own model code.
@@ -113,10 +126,19 @@ def load_policy(
         _disable_dropout(peft_model)  # the adapter's own: of its training, not of this one
     peft_model.peft_config["default"].base_model_name_or_path = name
     peft_model.peft_config["default"].revision = revision
-    for parameter_name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_("lora_" in parameter_name and f".{REFERENCE_ADAPTER}" not in parameter_name)
-        if parameter.requires_grad:
+    if moving:
+        config = copy.deepcopy(peft_model.peft_config["default"])
+        config.lora_dropout = 0.0
+        peft_model.add_adapter(MOVING_ADAPTER, config)
+    parameters = dict(peft_model.named_parameters())
+    for parameter_name, parameter in parameters.items():
+        frozen_copy = any(f".{adapter}" in parameter_name for adapter in (REFERENCE_ADAPTER, MOVING_ADAPTER))
+        parameter.requires_grad_("lora_" in parameter_name and not frozen_copy)
+        if parameter.requires_grad or f".{MOVING_ADAPTER}" in parameter_name:
             parameter.data = parameter.data.float()
+    for parameter_name, parameter in parameters.items():
+        if f".{MOVING_ADAPTER}" in parameter_name:
+            parameter.data.copy_(parameters[parameter_name.replace(f".{MOVING_ADAPTER}", ".default")])
     fuse_adapters(peft_model)
     return peft_model.train()
 

@@ -53,9 +53,8 @@ class Policy(nn.Module):
             self.flat = False
 
     def logps(self, batch: PairBatch) -> PairLogps:
-        """Summed log-probs of both responses of P pairs, in nats."""
-        logps, statistics = self.token_logps(batch, self.statistics)
-        return batch.sum_responses(logps)._replace(statistics=statistics)
+        """Summed log-probs of the responses of P pairs, in nats."""
+        return batch.sum_responses(*self.token_logps(batch, self.statistics))
 
     def token_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
         """Log-prob of each response token, (R,), in nats, and, if asked for, statistics of its distribution."""
@@ -71,16 +70,22 @@ class Policy(nn.Module):
 
     @contextmanager
     def initial(self) -> Iterator[None]:
-        """Within it the model is the initial policy: adapters off, or the frozen copy of those it started from.
+        """Within it the model is the initial policy: adapters off, or the frozen copy of those it started from."""
+        with self.frozen(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
+            yield
+
+    @contextmanager
+    def frozen(self, adapter: str | None) -> Iterator[None]:
+        """Within it the model has other adapters, or none.
 
         Nothing computed in it may be differentiated after it: so it is without gradients.
         """
         with torch.no_grad():
-            if REFERENCE_ADAPTER not in self.model.peft_config:
+            if adapter is None:
                 with self.model.disable_adapter():
                     yield
                 return
-            self.model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            self.model.set_adapter(adapter, inference_mode=True)
             try:
                 yield
             finally:

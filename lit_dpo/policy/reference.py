@@ -1,69 +1,66 @@
-"""Where reference log-probs come from: the initial policy, computed as they are needed, or once and kept on disk.
-
-They are kept a token a number, under the digest of the pair's token ids, in a folder named by all else that they
-depend on: base weights, quantization, the adapter that training starts from, the type of the matrix products, and what
-decides how they are rounded, by which the log-probs of whole answers differ by a nat in bfloat16: layout, compilation,
-torch's version, the processor. Objective, learning rate, epochs, filters and output folder are not among it, nor are
-source, tokenizer, chat template and truncation, which the token ids hold already.
-"""
+"""What the policy is held against: itself as it was at the start, another model, a copy that follows it, or nothing."""
 
 import hashlib
 import json
-import os
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from peft import LoraConfig
 from torch import Tensor
-from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from lit_dpo.base_model import load_tokenizer
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
-from lit_dpo.policy.loading import REFERENCE_ADAPTER
+from lit_dpo.policy.loading import (
+    LORA,
+    MOVING_ADAPTER,
+    REFERENCE_ADAPTER,
+    Quantization,
+    load_policy,
+    quantization_for,
+)
 from lit_dpo.policy.policy import Policy
 
 FORMAT_VERSION = 1  # raise it when the same pair and model give other numbers, or are stored in another way
-KEY = np.dtype("S16")  # of TokenizedPair.key
-BATCH_TOKENS = 8192  # of a batch of the reference pass
-SHARD_SECONDS, SHARD_PAIRS = 30.0, 4096  # at most so much is lost to an interruption
 
 
-class Reference(Protocol):
+class Reference(ABC):
     """Anything that gives the log-probs that a policy is held against."""
 
+    @abstractmethod
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
 
-
-class Pairs(Protocol):
-    """Tokenized pairs by index, their keys and sizes without their tokens."""
-
-    def pair(self, index: int) -> TokenizedPair:
-        """One pair."""
-
-    def keys(self, indices: Sequence[int]) -> list[bytes]:
-        """``TokenizedPair.key`` of each."""
-
-    def num_tokens(self, indices: Sequence[int]) -> list[int]:
-        """Tokens of each."""
+    def end_step(self, step: int) -> None:
+        """Called after each optimizer step, counted from 1."""
 
 
-class InitialPolicy:
+class NoReference(Reference):
+    """No reference: zeros, which cost nothing, for objectives that do not look at them."""
+
+    def logps(self, batch: PairBatch) -> PairLogps:
+        """Zeros."""
+        return batch.sum_responses(torch.zeros(len(batch.targets), device=batch.targets.device))
+
+
+class InitialPolicy(Reference):
     """The policy as it was before training: adapters off, or the frozen copy of the adapter that training began with.
 
     Args:
         policy: The policy in training.
     """
 
+    policy: Policy
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+
+    def release(self) -> None:
+        """Gives back memory that is not needed once all log-probs are on disk: none, the policy being in training."""
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
@@ -102,200 +99,145 @@ class InitialPolicy:
         return digest.hexdigest()
 
 
-class CachedReference:
-    """The initial policy's log-probs on disk; what is not there yet is computed and put there.
-
-    Each file holds the keys and token log-probs of some pairs, is written whole and then moved to its place, and
-    carries the digest of its content as its name: one that is damaged is noticed, removed and computed again.
+class OtherPolicy(InitialPolicy):
+    """Another model than the one in training, loaded when it is needed.
 
     Args:
-        initial: What computes them.
-        folder: Where they are, for this very reference.
+        load: Loads it, frozen.
     """
 
-    def __init__(self, initial: InitialPolicy, folder: Path) -> None:
-        self.initial, self.folder = initial, folder
-        self._names: set[str] = set()  # of the files
-        self._shards: list[Any] = []  # the files, open
-        self._keys = np.empty(0, KEY)  # sorted
-        self._places = np.empty((0, 3), np.int64)  # of each key: its file, and where its log-probs begin and end
-        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; no tensors, which inference mode would mark for good
-        self._saved = time.monotonic()
-        self._read()
+    def __init__(self, load: Callable[[], Policy]) -> None:
+        self._load = load
 
-    def __len__(self) -> int:
-        """Pairs that are known."""
-        return len(self._keys) + len(self._new)
+    @cached_property
+    def policy(self) -> Policy:  # type: ignore[override]
+        """The model."""
+        return self._load()
+
+    def release(self) -> None:
+        """Gives its memory back; if there are other pairs to come, it is loaded again."""
+        vars(self).pop("policy", None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class MovingReference(Reference):
+    """TR-DPO: a copy of the adapters that follows those in training.
+
+    Every τ optimizer steps θ_ref ← α·θ + (1 - α)·θ_ref. A soft update is α < 1 at every step, a hard one α = 1 every so many
+    steps. θ are the adapters' matrices A and B: mixed so, their product differs from the mixture of the products BA by
+    α(1 - α)(B - B_ref)(A - A_ref), which is of second order, and nothing for hard updates. It is kept in checkpoints.
+    Held-out numbers are against it too, so they are not comparable along a run.
+
+    Args:
+        alpha: Share of the policy in the mixture, in (0, 1].
+        tau: Optimizer steps between two updates.
+        cached: Must be false: the log-probs change with each update.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    References:
+        Gorbatovski et al. 2024, arXiv:2404.09656, Section 3, with its α 0.6 for soft updates; τ is 512 for hard ones.
+    """
+
+    policy: Policy
+
+    def __init__(self, alpha: float = 0.6, tau: int = 1, cached: bool = False) -> None:
+        if cached:
+            raise ValueError(
+                "model.reference.cached: a moving reference cannot be cached, for its log-probs change with each update."
+            )
+        if not 0 < alpha <= 1:
+            raise ValueError(f"model.reference.alpha must lie in (0, 1], not {alpha}.")
+        if tau < 1:
+            raise ValueError(f"model.reference.tau must be at least 1, not {tau}.")
+        self.alpha, self.tau, self.cached = alpha, tau, cached
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
-        found = [self._find(key) for key in batch.keys]
-        known = [logps for logps in found if logps is not None]
-        tokens = torch.cat(known).to(batch.input_ids.device) if len(known) == len(found) else self._compute(batch)
-        return batch.sum_responses(tokens)
+        with self.policy.frozen(MOVING_ADAPTER):
+            return batch.sum_responses(self.policy.token_logps(batch).logps)
 
-    def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Which of some pairs, by their position, are not known."""
-        wanted = np.array(keys, KEY)
-        place = np.searchsorted(self._keys, wanted).clip(max=max(len(self._keys) - 1, 0))
-        known = self._keys[place] == wanted if len(self._keys) else np.zeros(len(wanted), bool)
-        return [index for index in np.flatnonzero(~known).tolist() if keys[index] not in self._new]
+    @torch.no_grad()
+    def end_step(self, step: int) -> None:
+        """Moves the copy, if it is time."""
+        if step % self.tau:
+            return
+        parameters = dict(self.policy.model.named_parameters())
+        for name, parameter in parameters.items():
+            if f".{MOVING_ADAPTER}." in name:
+                parameter.lerp_(parameters[name.replace(f".{MOVING_ADAPTER}.", ".default.")], self.alpha)
 
-    def fill(
+
+class AnotherModel:
+    """Another model as the reference, with its own quantization, computed live or once and kept on disk.
+
+    Its vocabulary must be that of the policy, for both are asked about the same token ids.
+
+    Args:
+        base: Hub id, local folder, GGUF file or ``package:NAME``.
+        quantization: ``nf4``, transformers' ``BitsAndBytesConfig``, or null for none.
+        adapter: Folder or hub id of an adapter to put on it.
+        cached: Whether to compute its log-probs once and keep them on disk; its memory is then given back.
+        gguf_file: Name of a GGUF file inside a hub repository.
+        revision: Revision of the hub repository.
+        trust_remote_code: Whether to run model code that comes with the repository.
+    """
+
+    def __init__(
         self,
-        pairs: Pairs,
-        indices: Sequence[int],
-        *,
-        shares: Sequence[tuple[int, int]] = ((0, 1),),
-        barrier: Callable[[], Any] = lambda: None,
-        title: str = "Reference log-probs",
-    ) -> int:
-        """Computes what is missing, in batches of pairs of similar length, with a progress bar.
+        base: str,
+        quantization: Quantization = "nf4",
+        adapter: str | None = None,
+        cached: bool = True,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.base, self.quantization, self.adapter, self.cached = base, quantization, adapter, cached
+        self.gguf_file, self.revision, self.trust_remote_code = gguf_file, revision, trust_remote_code
+
+    def open(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> OtherPolicy:
+        """The model, with base weights and matrix products in ``dtype``.
 
         Args:
-            pairs: The pairs.
-            indices: Which of them; the same on all processes.
-            shares: This process's share of the work as (number, of how many): among all processes, then, for processes
-                that do not share a disk, among those of one machine.
-            barrier: Waits for the other processes.
-            title: Of the progress bar.
+            tokenizer: The policy's, to compare vocabularies.
+            dtype: Type of the base weights that are not quantized, and of 4-bit matrix products.
+            device: Where it will be loaded.
 
-        Returns:
-            Number of pairs that this process computed.
+        Raises:
+            ValueError: If the vocabularies differ.
         """
-        computed = 0
-        keys = pairs.keys(indices)
-        for number, parts in shares:
-            barrier()
-            self._read()  # what other processes may have written since, so that all see the same
-            barrier()
-            missing = [indices[position] for position in self.missing(keys)]
-            # Padded rows go through the model's own logits, which take far more room.
-            limit = BATCH_TOKENS if self.initial.policy.flat else BATCH_TOKENS // 8
-            batches = list(_by_length(missing, pairs.num_tokens(missing), limit))[number::parts]
-            total = sum(map(len, batches))
-            try:
-                with tqdm(total=total, desc=title, unit="pair", disable=number > 0 or not total) as bar:
-                    for batch in batches:
-                        self._compute(PairBatch.from_pairs([pairs.pair(index) for index in batch]).to(self._device))
-                        bar.update(len(batch))
-            finally:
-                self.save()
-            computed += total
-            barrier()
-            self._read()
-        return computed
+        source: dict[str, Any] = {
+            "gguf_file": self.gguf_file,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        if load_tokenizer(self.base, chat=False, **source).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"model.reference.base={self.base} has another vocabulary than the policy: the same token ids would mean "
+                "other words. Use a reference of the same family."
+            )
 
-    def save(self) -> None:
-        """Writes what is new to a file of its own."""
-        self._saved = time.monotonic()
-        if not self._new:
-            return
-        content = save(
-            {
-                "keys": np.frombuffer(b"".join(self._new), np.uint8).reshape(-1, KEY.itemsize),
-                "lengths": np.array([len(logps) for logps in self._new.values()]),
-                "logps": np.concatenate(list(self._new.values())),
-            }
-        )
-        try:
-            self._write(content)
-        except OSError as error:
-            raise OSError(
-                f"The reference cache {self.folder} cannot be written: {error}. Set LIT_DPO_CACHE to a folder with "
-                "room, or model.reference=live."
-            ) from error
-        self._new = {}
-        self._read()
+        def load() -> Policy:
+            model = load_policy(
+                self.base,
+                quantization=quantization_for(self.quantization, dtype),
+                lora=LoraConfig(**{**LORA, "r": 1}),  # the policy's machinery wants adapters; these stay off
+                adapter=self.adapter,
+                dtype=dtype,
+                device=device,
+                **source,
+            )
+            return Policy(model.requires_grad_(False), recompute=False)
 
-    def _write(self, content: bytes) -> None:
-        """Puts a file into the folder, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{_digest(content)}.safetensors"
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.initial.policy.parameters()).device
-
-    def _compute(self, batch: PairBatch) -> Tensor:
-        """Log-probs of the batch's response tokens, (R,), remembered by pair."""
-        logps = self.initial.token_logps(batch)
-        lengths = [segment.chosen + segment.rejected for segment in batch.segments]
-        self._new |= zip(batch.keys, np.split(logps.cpu().numpy().copy(), np.cumsum(lengths)[:-1]), strict=True)
-        if len(self._new) >= SHARD_PAIRS or time.monotonic() - self._saved > SHARD_SECONDS:
-            self.save()
-        return logps
-
-    def _find(self, key: bytes) -> Tensor | None:
-        if key in self._new:
-            return torch.from_numpy(self._new[key])
-        wanted = np.array(key, KEY)
-        index = int(np.searchsorted(self._keys, wanted))
-        if index == len(self._keys) or self._keys[index] != wanted:
-            return None
-        file, start, end = self._places[index].tolist()
-        logps: Tensor = self._shards[file].get_slice("logps")[start:end]
-        return logps
-
-    def _read(self) -> None:
-        """Takes up the files that have come into the folder since."""
-        keys, places = [self._keys], [self._places]
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._names:
-                continue
-            try:
-                if _digest(path.read_bytes()) != path.stem:
-                    raise ValueError("its content is not what was written")
-                shard = safe_open(path, "pt")
-                ends = shard.get_tensor("lengths").cumsum(0).numpy()
-                found = shard.get_tensor("keys").numpy().copy().view(KEY)[:, 0]
-            except OSError as error:
-                warnings.warn(f"{path} cannot be read ({error}); its pairs are computed again.", stacklevel=2)
-                self._names.add(path.name)
-                continue
-            except (ValueError, SafetensorError) as error:
-                warnings.warn(f"{path} is damaged ({error}); its pairs are computed again.", stacklevel=2)
-                path.unlink(missing_ok=True)
-                continue
-            places.append(np.stack([np.full_like(ends, len(self._shards)), np.r_[0, ends[:-1]], ends], 1))
-            keys.append(found)
-            self._names.add(path.name)
-            self._shards.append(shard)
-        if len(keys) > 1:
-            self._keys, first = np.unique(np.concatenate(keys), return_index=True)
-            self._places = np.concatenate(places)[first]
-
-
-def _by_length(indices: Sequence[int], num_tokens: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Batches of at most ``limit`` tokens, or of a single longer pair, the longest pairs first."""
-    batch: list[int] = []
-    tokens = 0
-    for length, index in sorted(zip(num_tokens, indices, strict=True), reverse=True):
-        if batch and tokens + length > limit:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += length
-    if batch:
-        yield batch
+        return OtherPolicy(load)
 
 
 def _processor(device: torch.device) -> str:
     """What the kernels run on."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _plain(value: Any) -> Any:

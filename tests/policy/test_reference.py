@@ -12,9 +12,10 @@ from transformers import BitsAndBytesConfig
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
-from lit_dpo.policy import reference as reference_module
+from lit_dpo.policy import reference_cache
 from lit_dpo.policy.loading import NF4
-from lit_dpo.policy.reference import CachedReference, InitialPolicy
+from lit_dpo.policy.reference import InitialPolicy
+from lit_dpo.policy.reference_cache import CachedReference
 from tests.tiny import random_pairs, tiny_policy
 
 SIZES = [(5, 7, 3), (1, 1, 1), (40, 20, 33), (3, 60, 2), (17, 5, 5), (2, 2, 2), (64, 1, 9), (8, 31, 30)]
@@ -60,7 +61,7 @@ def initial(tiny_base: str) -> Counting:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_module, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(reference_cache, "BATCH_TOKENS", 100)
 
 
 def assert_live(cache: CachedReference, initial: InitialPolicy) -> None:
