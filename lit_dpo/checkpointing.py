@@ -86,7 +86,7 @@ def _plain_object(value: Any) -> Any:
         return [_plain_object(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    arguments = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
+    arguments = list(inspect.signature(type(value)).parameters)
     lost = [name for name in arguments if not hasattr(value, name)]
     if lost:
         raise ValueError(f"{type(value).__name__} must keep its argument {lost[0]!r} as an attribute of that name.")

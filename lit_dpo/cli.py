@@ -25,12 +25,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, LastCheckpoint, PredictionWriter, RunSummary
-from lit_dpo.run_dir import run_dir
 from lit_dpo.commands import DESCRIPTIONS
 from lit_dpo.commands.generate import generate
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.loading import LORA, precision_for
+from lit_dpo.run_dir import run_dir
 
 GENERATE = "generate"
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")  # names that the Trainer resolves itself

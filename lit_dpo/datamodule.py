@@ -22,8 +22,8 @@ class PreferenceDataModule(LightningDataModule):
     """Preference pairs for training and for evaluation, tokenized once and cached.
 
     Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, a conversational
-    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Empty, identical
-    and over-long pairs are left out and reported.
+    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Empty,
+    identical and over-long pairs are left out and reported.
 
     Args:
         source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of them, ``package:NAME/FOLDER``, or a
@@ -187,9 +187,7 @@ class PreferenceDataModule(LightningDataModule):
         self.val_pairs, more = self._prepare(rows, place, tokenizer)
         return report + more
 
-    def _prepare(
-        self, rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[PairDataset, list[str]]:
+    def _prepare(self, rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, list[str]]:
         return prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc, self.max_responses)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -93,7 +93,7 @@ class PreferenceMetrics(Metric):
         """
         margins = rewards.margins
         per_token = (policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths)
-        columns = (losses, rewards.chosen, rewards.rejected, rewards.accuracies, margins, margins < 0)
+        columns = [losses, rewards.chosen, rewards.rejected, rewards.accuracies, margins, margins < 0]
         columns += (policy.chosen, policy.rejected, *per_token, policy.chosen_lengths, policy.rejected_lengths)
         self.totals += _sums(*columns)
         self.num_pairs += losses.numel()

@@ -60,8 +60,8 @@ class DPOModule(LightningModule):
             ``auto`` does so for batches that would not fit otherwise.
         compile: Compile the layers: less time and memory once it is done, same numbers but for rounding; ``auto`` does
             so on a CPU for runs of 500 batches or more, where there is a C++ compiler.
-        on_nonfinite: What happens if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the optimizer step.
-            Either way nothing is trained on it, and the batch is written to a file that reproduces it.
+        on_nonfinite: What happens if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the optimizer
+            step. Either way nothing is trained on it, and the step is written to a file that reproduces it.
         token_metrics: Log ``entropy`` and ``mean_token_accuracy`` too, at the price of more passes over the vocabulary.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
@@ -343,9 +343,9 @@ class DPOModule(LightningModule):
         if found != expected:
             example = sorted(found ^ expected)[0]
             raise ValueError(
-                f"The checkpoint holds {len(found)} weights and running numbers; {len(found & expected)} of them fit the "
-                f"{len(expected)} of this model ({example} is on one side only). Were its model.lora, model.reference or "
-                "model.objective others?"
+                f"The checkpoint holds {len(found)} weights and running numbers; {len(found & expected)} of them fit "
+                f"the {len(expected)} of this model ({example} is on one side only). Were its model.lora, "
+                "model.reference or model.objective others?"
             )
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
@@ -362,7 +362,7 @@ class DPOModule(LightningModule):
             apply_settings(optimizer, config.scheduler)
 
     def _kept_names(self) -> set[str]:
-        """What a checkpoint holds: adapters in training, the copy that follows them, the objective's running numbers."""
+        """Of a checkpoint: adapters in training, the copy that follows them, the objective's running numbers."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         kept |= {name for name, _ in self.named_parameters() if f".{MOVING_ADAPTER}." in name}
         return kept | {f"objective.{name}" for name in self.objective.state_dict()}

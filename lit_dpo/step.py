@@ -51,9 +51,8 @@ class Observation(NamedTuple):
         responses = self.policy.responses
         if self.reference is not None and self.reference.responses is not None and responses is not None:
             displacement = (self.policy.chosen - self.reference.chosen) / self.policy.chosen_lengths
-            by_response = responses.sum(token_kl(responses, self.reference.responses)).split(responses.counts)
-            lengths = torch.tensor(responses.lengths).split(responses.counts)
-            kl = torch.stack([part.sum() / int(tokens.sum()) for part, tokens in zip(by_response, lengths, strict=True)])
+            per_pair = [int(tokens.sum()) for tokens in torch.tensor(responses.lengths).split(responses.counts)]
+            kl = torch.stack([p.mean() for p in token_kl(responses, self.reference.responses).split(per_pair)])
         numbers = zip(self.losses.tolist(), displacement.tolist(), kl.tolist(), strict=True)
         return [PairNumbers(*origin, *row) for origin, row in zip(self.batch.origins, numbers, strict=True)]
 

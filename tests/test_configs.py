@@ -47,7 +47,7 @@ def test_a_recipe_can_be_built(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
         key: value for key, value in lora.items() if key != "target_modules"
     }
     assert set(lora.get("target_modules", [])) <= set(cli.model.lora.target_modules)
-    assert cli.model.quantization.load_in_4bit
+    assert cli.model.quantization == "nf4"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

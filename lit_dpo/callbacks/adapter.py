@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.run_dir import run_dir
 from lit_dpo.policy.policy import Policy
+from lit_dpo.run_dir import run_dir
 
 
 class AdapterExport(Callback):

@@ -5,8 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_dpo.run_dir import run_dir
 from lit_dpo.policy.generation import Prompt, compare, markdown, side_by_side
+from lit_dpo.run_dir import run_dir
 
 
 class ComparisonSamples(Callback):

@@ -34,7 +34,7 @@ class Segment(NamedTuple):
 
 
 class PaddedRows(NamedTuple):
-    """The same pairs as S separate rows, one a response (chosen, rejected, chosen, …), of N tokens, padded on the right."""
+    """The same as S separate rows, one a response (chosen, rejected, chosen, …), of N tokens, padded on the right."""
 
     input_ids: Tensor  # (S, N)
     attention_mask: Tensor  # (S, N) 1 on tokens, 0 on padding

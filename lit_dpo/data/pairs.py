@@ -6,11 +6,11 @@ Four formats are read, by what the row holds:
   ``{"chosen": [user, assistant], "rejected": [user, assistant]}``, with or without ``prompt``;
 - plain strings: ``{"prompt": str, "chosen": str, "rejected": str}``;
 - conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``;
-- ranked lists: ``{"prompt": ..., "responses": [...], "scores": [...]}``, or without ``scores`` from best to worst; so too
+- ranked lists: ``{"prompt": ..., "responses": [...], "scores": [...]}``, or without ``scores`` from best to worst; and
   the original UltraFeedback, ``{"instruction": str, "completions": [{"response": str, "overall_score": float}, ...]}``.
 
-The data's own scores come along: of a pair ``score_chosen`` and ``score_rejected``. Of a ranked list only one response of
-each score is kept, the first: which of two equals is better, nobody said.
+The data's own scores come along: of a pair ``score_chosen`` and ``score_rejected``. Of a ranked list only one response
+of each score is kept, the first: which of two equals is better, nobody said.
 """
 
 import json
@@ -122,9 +122,7 @@ def _read_list(row: Mapping[str, Any], max_responses: int) -> PreferencePair | s
         return "no two responses of different scores"
     kept = _spread(kept, max_responses)
     best, *between, worst = (answers[index] for index in kept)
-    return PreferencePair(
-        turns, best, worst, tuple(between), tuple(scores[index] for index in kept) if scored else ()
-    )
+    return PreferencePair(turns, best, worst, tuple(between), tuple(scores[index] for index in kept) if scored else ())
 
 
 def _answer(response: Any) -> Message:

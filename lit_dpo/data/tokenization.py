@@ -89,9 +89,7 @@ class Truncation:
             return "identical after truncation"
         chosen, *between, rejected = (responses[place] for place in kept)
         scores = tuple(pair.scores[place] for place in kept) if pair.scores else ()
-        return replace(
-            pair, prompt=prompt, chosen=chosen, rejected=rejected, between=tuple(between), scores=scores
-        )
+        return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, between=tuple(between), scores=scores)
 
 
 def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> TokenizedPair:

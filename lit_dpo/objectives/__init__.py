@@ -43,7 +43,6 @@ __all__ = [
     "MarginObjective",
     "Mixture",
     "NCAPair",
-    "ODPO",
     "Objective",
     "PairLogps",
     "PlackettLuce",

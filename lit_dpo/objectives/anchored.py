@@ -39,8 +39,8 @@ class NCAPair(LogRatioObjective):
 class BCOPair(LogRatioObjective):
     """BCO on pairs: a binary classifier of chosen and rejected responses, whose logit is the reward less a shift δ.
 
-    δ is the mean reward of all responses trained on in the optimizer steps before, over all processes: it starts at 0, as
-    the rewards do, and does not depend on how a step is divided into batches. It is kept in checkpoints; evaluation
+    δ is the mean reward of all responses trained on in the optimizer steps before, over all processes: it starts at 0,
+    as the rewards do, and does not depend on how a step is divided into batches. It is kept in checkpoints; evaluation
     uses it and does not move it.
 
     Args:

@@ -116,7 +116,9 @@ class Wrapper(Objective):
                 f"single pairs, and a pair's {what} would fall on others."
             )
         if self.ranks_lists:
-            raise ValueError(f"{type(self).__name__} cannot hold {name}: its {what} are of two responses, not of a list.")
+            raise ValueError(
+                f"{type(self).__name__} cannot hold {name}: its {what} are of two responses, not of a list."
+            )
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
         """Those of the objective inside."""
@@ -150,7 +152,8 @@ class WPO(Wrapper):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
-        return self.weights(policy) * self.objective(policy, reference)
+        losses: Tensor = self.objective(policy, reference)
+        return self.weights(policy) * losses
 
     def weights(self, policy: PairLogps) -> Tensor:
         """The weight of each pair, (P,), without a gradient.
@@ -170,8 +173,8 @@ class LDDPO(Wrapper):
     """LD-DPO: tokens beyond the length that both responses share weigh α instead of 1, in policy and reference.
 
     Args:
-        alpha: In [0, 1]; 1 changes nothing, 0 leaves those tokens out. The paper tunes it for each model; this default is
-            the middle of its range.
+        alpha: In [0, 1]; 1 changes nothing, 0 leaves those tokens out. The paper tunes it for each model; this default
+            is the middle of its range.
         objective: The objective that sees these log-probs; by default ``Sigmoid``. To be weighted too: WPO around this.
 
     Raises:

@@ -71,9 +71,7 @@ class Sigmoid(MarginObjective):
         tensor([0.3133])
     """
 
-    def __init__(
-        self, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence | None = None
-    ) -> None:
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
         super().__init__(beta, divergence)
         self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5)
 
@@ -104,9 +102,7 @@ class Robust(MarginObjective):
         tensor([0.1883])
     """
 
-    def __init__(
-        self, beta: float = 0.01, label_smoothing: float = 0.1, divergence: Divergence | None = None
-    ) -> None:
+    def __init__(self, beta: float = 0.01, label_smoothing: float = 0.1, divergence: Divergence | None = None) -> None:
         super().__init__(beta, divergence)
         self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5)
 
@@ -136,9 +132,7 @@ class SigmoidNorm(MarginObjective):
         tensor([0.2014])
     """
 
-    def __init__(
-        self, beta: float = 5.0, label_smoothing: float = 0.0, divergence: Divergence | None = None
-    ) -> None:
+    def __init__(self, beta: float = 5.0, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
         super().__init__(beta, divergence)
         self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5)
 

@@ -95,9 +95,7 @@ class EXOPair(MarginObjective):
         tensor([0.1141])
     """
 
-    def __init__(
-        self, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence | None = None
-    ) -> None:
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence | None = None) -> None:
         super().__init__(beta, divergence)
         self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5, "()")
 

@@ -86,4 +86,5 @@ class ScoreWeighted(Wrapper):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
-        return self.scale * score_differences(policy) * self.objective(policy, reference)
+        losses: Tensor = self.objective(policy, reference)
+        return self.scale * score_differences(policy) * losses

@@ -35,8 +35,8 @@ class Reference(ABC):
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
 
-    def end_step(self, step: int) -> None:
-        """Called after each optimizer step, counted from 1."""
+    def end_step(self, step: int) -> None:  # noqa: B027
+        """Called after each optimizer step, counted from 1, for references that move."""
 
 
 class NoReference(Reference):
@@ -124,8 +124,8 @@ class OtherPolicy(InitialPolicy):
 class MovingReference(Reference):
     """TR-DPO: a copy of the adapters that follows those in training.
 
-    Every τ optimizer steps θ_ref ← α·θ + (1 - α)·θ_ref. A soft update is α < 1 at every step, a hard one α = 1 every so many
-    steps. θ are the adapters' matrices A and B: mixed so, their product differs from the mixture of the products BA by
+    Every τ optimizer steps θ_ref ← α·θ + (1 - α)·θ_ref. A soft update is α < 1 at every step, a hard one α = 1 every so
+    many steps. θ are the adapters' matrices A and B: mixed so, their product differs from the mixture of products BA by
     α(1 - α)(B - B_ref)(A - A_ref), which is of second order, and nothing for hard updates. It is kept in checkpoints.
     Held-out numbers are against it too, so they are not comparable along a run.
 
@@ -146,7 +146,7 @@ class MovingReference(Reference):
     def __init__(self, alpha: float = 0.6, tau: int = 1, cached: bool = False) -> None:
         if cached:
             raise ValueError(
-                "model.reference.cached: a moving reference cannot be cached, for its log-probs change with each update."
+                "model.reference.cached: a moving reference cannot be cached, as its log-probs change with each update."
             )
         if not 0 < alpha <= 1:
             raise ValueError(f"model.reference.alpha must lie in (0, 1], not {alpha}.")
@@ -216,8 +216,8 @@ class AnotherModel:
         }
         if load_tokenizer(self.base, chat=False, **source).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
-                f"model.reference.base={self.base} has another vocabulary than the policy: the same token ids would mean "
-                "other words. Use a reference of the same family."
+                f"model.reference.base={self.base} has another vocabulary than the policy: the same token ids would "
+                "mean other words. Use a reference of the same family."
             )
 
         def load() -> Policy:
