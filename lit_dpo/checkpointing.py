@@ -79,21 +79,26 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
 
 
 def _plain_object(value: Any) -> Any:
-    """An object as its class and the arguments that it was made with, and so those among them."""
+    """An object as its class and the arguments that it was made with, and so those among them.
+
+    An argument is null if it is what null stands for, so that a configuration file without it says the same.
+    """
     if isinstance(value, BitsAndBytesConfig):
         return _plain_fields(value, BitsAndBytesConfig())
     if isinstance(value, list | tuple | torch.nn.ModuleList):
         return [_plain_object(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    arguments = list(inspect.signature(type(value)).parameters)
+    arguments = inspect.signature(type(value)).parameters
     lost = [name for name in arguments if not hasattr(value, name)]
     if lost:
         raise ValueError(f"{type(value).__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
-    return {
-        "class_path": _path(type(value)),
-        "init_args": {name: _plain_object(getattr(value, name)) for name in arguments},
-    }
+    plain = {name: _plain_object(getattr(value, name)) for name in arguments}
+    optional = [name for name, argument in arguments.items() if argument.default is None and plain[name] is not None]
+    if optional:
+        bare = type(value)(**{name: getattr(value, name) for name in arguments if name not in optional})
+        plain |= {name: None for name in optional if _plain_object(getattr(bare, name)) == plain[name]}
+    return {"class_path": _path(type(value)), "init_args": plain}
 
 
 def _path(cls: type) -> str:

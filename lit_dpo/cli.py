@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,9 +140,8 @@ class DPOCLI(LightningCLI):
         as_stored = self.parser.parse_object({command: {"model": stored}}, self.config)[command].model
         given = {key: _value(config.model, key) for key in _given_model_keys(self._args, config.get("config") or [])}
         for key, value in given.items():
-            was = _value(as_stored, key)
-            if _comparable(key, was) != _comparable(key, value):
-                rank_zero_warn(f"model.{key} is {value!r}, as given; the checkpoint stored {was!r}.")
+            for setting, now, was in _differences(key, value, _value(as_stored, key)):
+                rank_zero_warn(f"model.{setting} is {now!r}, as given; the checkpoint stored {was!r}.")
         self.config = self.parser.parse_object({command: {"model": override(stored, given)}}, self.config)
 
     def _set_seed(self) -> None:
@@ -230,30 +230,53 @@ def override(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         stored: Hyper-parameters, nested.
-        given: Values by dotted key, ``init_args`` left out: ``objective.beta``. A class given anew brings all its own.
+        given: Values by dotted key, ``init_args`` left out: ``objective.beta``.
 
     Returns:
         The hyper-parameters, without those that are given whole.
     """
     result = copy.deepcopy(stored)
     for key, value in given.items():
-        name, _, rest = key.partition(".")
-        if rest in ("", "class_path") or f"{name}.class_path" in given or not isinstance(result.get(name), dict):
-            result.pop(name, None)
+        *path, name = key.split(".")
+        node = result
+        for step in path:
+            node = node[step] if isinstance(node.get(step), dict) else {}
+            node = node.get("init_args", node)
+        if path:
+            node[name] = value
         else:
-            result[name].get("init_args", result[name])[rest] = value
+            node.pop(name, None)
     return result
 
 
-def _comparable(key: str, value: Any) -> Any:
+def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The settings under a key that are not the same in two configurations; of another class, all as one."""
+    same_class = isinstance(now, dict) and isinstance(was, dict) and _class_name(now) == _class_name(was)
+    if same_class:
+        now, was = now.get("init_args", now), was.get("init_args", was)
+        for name in now:
+            yield from _differences(f"{key}.{name}", now[name], was.get(name))
+    elif _comparable(now) != _comparable(was):
+        yield key, now, was
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    """The name of a class without its modules; nothing where there is none."""
+    return str(config.get("class_path", "")).rpartition(".")[2]
+
+
+def _comparable(value: Any) -> Any:
     """A value whose equality means the same setting, however a class is named and modules are ordered."""
-    if key.endswith("class_path"):
-        return str(value).rpartition(".")[2]
-    return sorted(map(str, value)) if isinstance(value, list | tuple | set) else value
+    if isinstance(value, dict):
+        return {**{name: _comparable(item) for name, item in value.items()}, "class_path": _class_name(value)}
+    if isinstance(value, list | tuple | set):
+        names = all(isinstance(item, str) for item in value)
+        return sorted(value) if names else [_comparable(item) for item in value]
+    return value
 
 
 def _value(config: Any, key: str) -> Any:
-    """The value under a dotted key that leaves ``init_args`` out; None where there is none."""
+    """The value under a dotted key that leaves ``init_args`` out, as plain values; None where there is none."""
     for name in key.split("."):
         if isinstance(config, Namespace):
             config = config.as_dict()
@@ -264,11 +287,15 @@ def _value(config: Any, key: str) -> Any:
 
 
 def _given_model_keys(args: list[str], files: list[Any]) -> list[str]:
-    """Dotted keys, without ``model.`` and ``init_args``, that arguments and configuration files set."""
-    keys = [arg.removeprefix("--model.").split("=")[0] for arg in args if arg.startswith("--model.")]
+    """Dotted keys, without ``model.`` and ``init_args``, that arguments and configuration files set.
+
+    A class that is given anew brings all its arguments, so that its key stands for them.
+    """
+    keys = [arg.removeprefix("--model.").split("=")[0].rstrip("+") for arg in args if arg.startswith("--model.")]
     for file in files:
         keys += _leaves(yaml.safe_load(Path(str(file)).read_text()).get("model") or {})
-    return [key.replace(".init_args", "") for key in keys]
+    keys = [key.replace(".init_args", "").removesuffix(".class_path") for key in dict.fromkeys(keys)]
+    return [key for key in keys if not any(key.startswith(f"{whole}.") for whole in keys)]
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
