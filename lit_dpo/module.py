@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -173,6 +173,26 @@ class DPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- building --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Looks whether the data has what the objective asks for, before anything is computed.
+
+        Raises:
+            ValueError: If it has less, or more than the objective would use.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        name, most = type(self.objective).__name__, getattr(data, "max_responses", 2)
+        if most > 2 and not self.objective.ranks_lists:
+            raise ValueError(
+                f"data.max_responses={most}: {name} compares two responses, and the others would be computed in vain. "
+                "Use PlackettLuce, or leave it at 2."
+            )
+        if most == 2 and self.objective.ranks_lists:
+            rank_zero_warn(f"{name} sees two responses of each row: set data.max_responses if the rows have more.")
+        if self.objective.uses_scores and stage != "predict":
+            for pairs in (getattr(data, "train_pairs", None), getattr(data, "val_pairs", None)):
+                if pairs is not None:
+                    pairs.require_scores(name)
 
     def configure_model(self) -> None:
         """Loads the policy on this process's device, once."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,10 +60,27 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
         return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]))
 
-    def scores(self) -> Iterator[tuple[int, list[float]]]:
-        """Row number and the data's own scores, from best to worst, of each pair."""
+    def require_scores(self, reader: str) -> None:
+        """Looks whether every pair has scores of its own, the chosen response's not below the rejected one's.
+
+        Args:
+            reader: Who is going to read them, for the message.
+
+        Raises:
+            ValueError: If one has none, or they contradict it.
+        """
         everything = range(len(self))
-        return zip(self._column("row", everything), self._column("scores", everything), strict=True)
+        for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
+            if not scores:
+                raise ValueError(
+                    f"{self.source}, row {row}: there are no scores, at which {reader} looks. Give each row "
+                    "score_chosen and score_rejected, or a list of responses with scores."
+                )
+            if scores[0] < scores[-1]:
+                raise ValueError(
+                    f"{self.source}, row {row}: the chosen response has the score {scores[0]:g} and the rejected one "
+                    f"{scores[-1]:g}; {reader} takes no pair whose scores contradict it. Leave such rows out."
+                )
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
         """``TokenizedPair.key`` of some pairs, without reading their tokens."""
