@@ -25,7 +25,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
-from lit_dpo.callbacks import AdapterExport, ComparisonSamples, LastCheckpoint, PredictionWriter, RunSummary
+from lit_dpo.callbacks import (
+    AdapterExport,
+    CollapseGuard,
+    ComparisonSamples,
+    LastCheckpoint,
+    PredictionWriter,
+    RunSummary,
+)
 from lit_dpo.commands import DESCRIPTIONS
 from lit_dpo.commands.generate import generate
 from lit_dpo.datamodule import PreferenceDataModule
@@ -86,6 +93,7 @@ class DPOCLI(LightningCLI):
         callbacks = {
             "best": ModelCheckpoint,
             "last": LastCheckpoint,
+            "guard": CollapseGuard,
             "export": AdapterExport,
             "samples": ComparisonSamples,
             "summary": RunSummary,
@@ -125,6 +133,10 @@ class DPOCLI(LightningCLI):
                 command.set_defaults({"weights_only": True})  # a checkpoint may not bring code
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, with the parameters of an objective that is chosen here at their own defaults."""
+        self.config = parser.parse_args(afresh(self._args))
 
     def _parse_ckpt_path(self) -> None:
         """Takes the model's arguments from a checkpoint, but for those given on the command line or in a file."""
@@ -223,6 +235,21 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
     )
+
+
+def afresh(args: list[str]) -> list[str]:
+    """Takes away an objective, or a part of it, before another one is chosen.
+
+    A parser would carry parameters of the same name over: the β of one objective, from a file, to another.
+
+    Args:
+        args: Arguments, as in ``["--config", FILE, "--model.objective", "IPO"]``.
+    """
+    found: list[str] = []
+    for arg in args:
+        key = re.match(r"--model\.objective(\.objective|\.divergence)*(?==|$)", arg)
+        found += [f"{key[0]}=null", arg] if key else [arg]
+    return found
 
 
 def override(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

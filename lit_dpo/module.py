@@ -31,7 +31,7 @@ from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import AnotherModel, InitialPolicy, MovingReference, NoReference, Reference
 from lit_dpo.policy.reference_cache import CachedReference
 from lit_dpo.reference_pass import ReferencePass
-from lit_dpo.step import PAIRS, FiniteSteps, Observation, plain_pairs
+from lit_dpo.step import PAIRS, FiniteSteps, Observation, of_all_ranks, plain_pairs
 
 Prediction: TypeAlias = dict[str, Any]
 LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -340,9 +340,10 @@ class DPOModule(LightningModule):
         """Keeps the adapters alone: the base is the hub's, and a 4-bit state could not be loaded back."""
         names = self._kept_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
-        checkpoint["random_states"] = self._of_all_ranks(random_state())
+        checkpoint["random_states"] = of_all_ranks(self.trainer, random_state())
         if self.failed_step:
-            checkpoint[PAIRS] = [batch for batches in self._of_all_ranks(plain_pairs(self.step)) for batch in batches]
+            batches = of_all_ranks(self.trainer, plain_pairs(self.step))
+            checkpoint[PAIRS] = [batch for rank in batches for batch in rank]
         if self.trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(self.trainer.optimizers[0])
 
@@ -386,14 +387,6 @@ class DPOModule(LightningModule):
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         kept |= {name for name, _ in self.named_parameters() if f".{MOVING_ADAPTER}." in name}
         return kept | {f"objective.{name}" for name in self.objective.state_dict()}
-
-    def _of_all_ranks(self, value: Any) -> list[Any]:
-        """What each rank has to tell, in their order."""
-        if self.trainer.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
 
 
 def _type_name(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> str:

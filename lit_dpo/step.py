@@ -35,6 +35,7 @@ class PairNumbers(NamedTuple):
     loss: float
     displacement: float  # of the chosen response, nats a token; NaN without a reference
     kl: float  # mean over the response tokens, nats; NaN without a reference
+    num_tokens: int  # of the responses
 
 
 class Observation(NamedTuple):
@@ -47,13 +48,13 @@ class Observation(NamedTuple):
 
     def pairs(self) -> list[PairNumbers]:
         """The numbers of each pair."""
+        num_tokens = [sum(segment.responses) for segment in self.batch.segments]
         displacement = kl = torch.full_like(self.losses, torch.nan)
         responses = self.policy.responses
         if self.reference is not None and self.reference.responses is not None and responses is not None:
             displacement = (self.policy.chosen - self.reference.chosen) / self.policy.chosen_lengths
-            per_pair = [int(tokens.sum()) for tokens in torch.tensor(responses.lengths).split(responses.counts)]
-            kl = torch.stack([p.mean() for p in token_kl(responses, self.reference.responses).split(per_pair)])
-        numbers = zip(self.losses.tolist(), displacement.tolist(), kl.tolist(), strict=True)
+            kl = torch.stack([p.mean() for p in token_kl(responses, self.reference.responses).split(num_tokens)])
+        numbers = zip(self.losses.tolist(), displacement.tolist(), kl.tolist(), num_tokens, strict=True)
         return [PairNumbers(*origin, *row) for origin, row in zip(self.batch.origins, numbers, strict=True)]
 
 
@@ -85,7 +86,8 @@ class FiniteSteps(Callback):
             return
         path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
-        pairs = [pair for observation in pl_module.step for pair in observation.pairs()]
+        here = [pair for observation in pl_module.step for pair in observation.pairs()]
+        pairs = [pair for rank in of_all_ranks(trainer, here) for pair in rank]
         failed = [pair for pair in pairs if not math.isfinite(pair.loss)]
         what = f"the loss of {name_pairs(failed)}" if failed else f"the gradient (norm {norm}) of {name_pairs(pairs)}"
         message = f"Step {trainer.global_step + 1}: {what} is not finite. Policy and pairs are in {path}."
@@ -105,6 +107,15 @@ def name_pairs(pairs: Sequence[PairNumbers], most: int = 5) -> str:
     """Source and row of some pairs, for messages."""
     named = ", ".join(f"{pair.source} row {pair.row}" for pair in pairs[:most])
     return named + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
+
+
+def of_all_ranks(trainer: Trainer, value: Any) -> list[Any]:
+    """What each rank has to tell, in their order."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def plain_pairs(step: Iterable[Observation]) -> list[list[dict[str, Any]]]:

@@ -1,9 +1,17 @@
 """What a Lightning user would add or remove: each an ordinary callback."""
 
 from lit_dpo.callbacks.adapter import AdapterExport
+from lit_dpo.callbacks.guard import CollapseGuard
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.samples import ComparisonSamples
 from lit_dpo.callbacks.summary import RunSummary
 
-__all__ = ["AdapterExport", "ComparisonSamples", "LastCheckpoint", "PredictionWriter", "RunSummary"]
+__all__ = [
+    "AdapterExport",
+    "CollapseGuard",
+    "ComparisonSamples",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "RunSummary",
+]

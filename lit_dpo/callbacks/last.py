@@ -51,7 +51,8 @@ class LastCheckpoint(Checkpoint):
             interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
         if interrupted:
             raise KeyboardInterrupt
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
