@@ -74,7 +74,7 @@ class BCOPair(LogRatioObjective):
     @property
     def delta(self) -> Tensor | float:
         """The reward that lies between good and bad."""
-        return (self.seen[0] / self.seen[1].clamp(min=1)).float() if self.shift == "running" else 0.0
+        return self.seen[0] / self.seen[1].clamp(min=1) if self.shift == "running" else 0.0
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""

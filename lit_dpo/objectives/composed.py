@@ -1,7 +1,5 @@
 """Objectives made of others: weighted mixtures, and changes to the log-probs or the weights that another one sees."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -215,20 +213,16 @@ class LDDPO(Wrapper):
         if logps.responses is None:
             raise ValueError("LDDPO needs log-probs token by token: PairLogps.responses.")
         responses = logps.responses
-        weights = _weights(responses, self.alpha).to(responses.token_logps)
-        chosen, rejected = responses.ends(responses.sum(weights * responses.token_logps))
+        weighted = _weights(responses, self.alpha) * responses.token_logps
+        chosen, rejected = responses.ends(responses.sum(weighted))
         return logps._replace(chosen=chosen, rejected=rejected)
 
 
 def _weights(responses: Responses, alpha: float) -> Tensor:
     """1 for each token up to the length that both responses of its pair have, α beyond it, (R,)."""
-    parts: list[Tensor] = []
-    for chosen, rejected in _pairs(responses.lengths):
+    weights: list[float] = []
+    for chosen, rejected in zip(responses.lengths[0::2], responses.lengths[1::2], strict=True):
         shared = min(chosen, rejected)
         for length in (chosen, rejected):
-            parts += [torch.ones(shared), torch.full((length - shared,), alpha)]
-    return torch.cat(parts)
-
-
-def _pairs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(lengths[0::2], lengths[1::2], strict=True))
+            weights += [1.0] * shared + [alpha] * (length - shared)
+    return responses.token_logps.new_tensor(weights)
