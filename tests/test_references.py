@@ -144,11 +144,11 @@ def test_soft_updates_equal_two_full_models_in_float64(tiny_base: str, pairs_fil
                 before.copy_(alpha * parameter + (1 - alpha) * before)
     assert len(expected) == 8
     assert max(expected) - min(expected) > 0.05, "the losses must move"
-    assert steps.losses == pytest.approx(expected, abs=1e-6)
+    assert steps.losses == pytest.approx(expected, abs=1e-5)
     for name, parameter in reference.named_parameters():
         if "lora_" in name:
             moved = model.model.get_parameter(name.replace(".default.", ".moving."))
-            torch.testing.assert_close(moved, parameter, atol=1e-6, rtol=0)
+            torch.testing.assert_close(moved, parameter, atol=1e-5, rtol=0)
 
 
 def test_a_moving_reference_resumes_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_moving_reference_resumes_bit_for_bit(tiny_base: str, pairs_file: str,
         return model, trainer
 
     whole, _ = run(max_epochs=2)
-    first, trainer = run(max_epochs=1)
+    _, trainer = run(max_epochs=1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["reference"]["init_args"] == {"alpha": 0.5, "tau": 2, "cached": False}
