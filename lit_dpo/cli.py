@@ -240,15 +240,20 @@ def quiet_libraries() -> None:
 def afresh(args: list[str]) -> list[str]:
     """Takes away an objective, or a part of it, before another one is chosen.
 
-    A parser would carry parameters of the same name over: the β of one objective, from a file, to another.
+    A parser would carry parameters of the same name over: the β of one objective, from a file, to another. It can take
+    away no part of a part of a part.
 
     Args:
         args: Arguments, as in ``["--config", FILE, "--model.objective", "IPO"]``.
     """
     found: list[str] = []
+    outermost = "outermost"
     for arg in args:
-        key = re.match(r"--model\.objective(\.objective|\.divergence)*(?==|$)", arg)
-        found += [f"{key[0]}=null", arg] if key else [arg]
+        key = re.match(r"--model\.objective(\.objective|\.divergence)?(?==|$)", arg)
+        if key and not key[0].startswith(f"{outermost}."):
+            outermost = key[0]
+            found.append(f"{outermost}=null")
+        found.append(arg)
     return found
 
 

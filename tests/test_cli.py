@@ -15,6 +15,8 @@ import yaml
 
 from lit_dpo.cli import main
 from tests.conftest import REPOSITORY
+from tests.objectives.test_properties import NAMES
+from tests.tiny import made_up_rows, write_jsonl
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 pytestmark = pytest.mark.filterwarnings(
@@ -39,6 +41,7 @@ def tiny(tiny_base: str, pairs_file: str) -> list[str]:
         *("--data.source", pairs_file, "--data.val_size", "4", "--data.batch_size", "4"),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"),
         *("--samples.num_prompts", "2", "--samples.max_new_tokens", "4"),
+        *("--guard.max_drop", "null"),  # at this rate it would have to warn
     ]
 
 
@@ -324,6 +327,122 @@ def test_top_level_help_is_quick() -> None:
     assert all(name in printed for name in ("fit", "validate", "test", "predict", "generate"))
 
 
+def scored(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The rows with scores of their own, as a file."""
+    scores = [{"score_chosen": 8.0, "score_rejected": float(row % 8)} for row in range(len(rows))]
+    return write_jsonl(folder / "scored.jsonl", [{**row, **score} for row, score in zip(rows, scores, strict=True)])
+
+
+FRONT_DOOR = [
+    *([name] for name in NAMES),
+    *("IPO --model.objective.tau 0.1".split(), "BCOPair --model.objective.shift none".split()),
+    "Sigmoid --model.objective.divergence ForwardKL".split(),
+    "Sigmoid --model.objective.divergence AlphaDivergence --model.objective.divergence.alpha 0.3".split(),
+    "WPO --model.objective.objective LDDPO --model.objective.objective.objective=IPO".split(),
+    "Sigmoid --model.reference live".split(),
+    "Sigmoid --model.reference MovingReference --model.reference.alpha 1.0 --model.reference.tau 2".split(),
+    "Sigmoid --model.reference AnotherModel --model.reference.base BASE --model.reference.quantization null".split(),
+    [
+        *("Mixture", "--model.objective.weights", "[1.0, 0.1]", "--model.objective.objectives"),
+        '[{"class_path": "SigmoidNorm", "init_args": {"beta": 3.0}}, {"class_path": "SFT"}]',
+    ],
+]
+
+
+@pytest.mark.filterwarnings("ignore:PlackettLuce sees two responses")
+@pytest.mark.parametrize("objective", FRONT_DOOR, ids=lambda arguments: " ".join(arguments)[:60])
+def test_every_objective_through_the_front_door(tiny: list[str], tiny_base: str, objective: list[str]) -> None:
+    objective = [tiny_base if argument == "BASE" else argument for argument in objective]
+    source = ["--data.source", scored(Path(), made_up_rows(12)), "--data.max_response_length", "null"]
+    arguments = [*tiny, *source, "--trainer.max_steps", "2", "--samples.num_prompts", "0", "--run_name", "door"]
+    main(["fit", "--config", QUICKSTART, *arguments, "--model.objective", *objective])
+    rows = [row for row in metrics(Path("runs/door/version_0")) if "train/loss" in row]
+    assert len(rows) == 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    checkpoint = "runs/door/version_0/checkpoints/last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["objective"]["class_path"]
+    assert stored.endswith(f".{objective[0]}")
+    if len(objective) > 1:
+        main(["validate", "--ckpt_path", checkpoint, *arguments])  # the objective comes from the checkpoint
+
+
+def test_an_objective_chosen_on_the_command_line_brings_its_own_parameters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The file's β of 0.1 is DPO's; SigmoidNorm's own is 5."""
+    for arguments, expected in (
+        (["--model.objective", "SigmoidNorm"], {"beta": 5.0, "label_smoothing": 0.0, "divergence": None}),
+        (["--model.objective=IPO", "--model.objective.tau=0.3"], {"tau": 0.3, "divergence": None}),
+        (["--model.objective.label_smoothing", "0.2"], {"beta": 0.1, "label_smoothing": 0.2, "divergence": None}),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", QUICKSTART, *arguments, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"] == expected
+
+
+def test_part_of_a_stored_objective_can_be_given_anew(tiny: list[str]) -> None:
+    parts = ["--model.objective.divergence", "AlphaDivergence", "--model.objective.divergence.alpha", "0.3"]
+    main(["fit", *tiny, "--model.objective.beta", "0.5", *parts])
+    again = ["fit", *tiny, "--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]
+    with pytest.warns(UserWarning, match=r"model\.objective\.divergence\.alpha is 0\.4, as given; .* stored 0\.3"):
+        main([*again, *parts[:-1], "0.4"])
+    with pytest.warns(UserWarning, match=r"model\.objective\.divergence is .*JensenShannon"):
+        main([*again, "--model.objective.divergence", "JensenShannon"])
+    for version, name, beta in ((1, "AlphaDivergence", 0.5), (2, "JensenShannon", 0.5)):
+        config = yaml.safe_load(Path(f"runs/dpo/version_{version}/config.yaml").read_text())
+        found = config["model"]["objective"]["init_args"]
+        assert found["beta"] == beta
+        assert found["divergence"]["class_path"].endswith(name)
+
+
+def ranked(number: int) -> list[dict[str, Any]]:
+    """Rows as in the original UltraFeedback."""
+    return [
+        {
+            "instruction": row["prompt"],
+            "completions": [
+                {"response": f"{text} {place}", "fine-grained_score": 5.0 - place}
+                for place, text in enumerate(("a mat", "the cat", "rain", "green hills"))
+            ],
+        }
+        for row in made_up_rows(number)
+    ]
+
+
+def test_ranked_lists_are_laid_beside_one_prompt(tiny: list[str], tmp_path: Path) -> None:
+    source = ["--data.source", write_jsonl(tmp_path / "ranked.jsonl", ranked(12)), "--data.max_responses", "4"]
+    main(["fit", *tiny, *source, "--model.objective", "PlackettLuce"])
+    rows = [row for row in metrics(Path("runs/dpo/version_0")) if "train/loss" in row]
+    assert rows[0]["train/loss"] == pytest.approx(math.log(24), abs=1e-5), "each of 4! orders is as likely"
+    assert rows[0]["train/rewards/accuracies"] == 0.5
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    main(["predict", *tiny, *source, "--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"])
+
+
+def test_what_the_data_cannot_give_is_refused_at_the_start(tiny: list[str], tmp_path: Path, pairs_file: str) -> None:
+    lists = ["--data.source", write_jsonl(tmp_path / "ranked.jsonl", ranked(12)), "--data.max_responses", "3"]
+    with pytest.raises(ValueError, match=r"data\.max_responses=3: Sigmoid compares two responses"):
+        main(["fit", *tiny, *lists])
+    with pytest.warns(UserWarning, match="PlackettLuce sees two responses of each row"):
+        main(["fit", *tiny, "--model.objective", "PlackettLuce", "--trainer.max_steps", "1"])
+    with pytest.raises(ValueError, match=rf"{pairs_file}, row \d+: there are no scores, at which ODPO looks"):
+        main(["fit", *tiny, "--model.objective", "ODPO"])
+    wrong = [{**row, "score_chosen": 2.0, "score_rejected": 3.0} for row in made_up_rows(12)]
+    source = write_jsonl(tmp_path / "wrong.jsonl", wrong)
+    with pytest.raises(ValueError, match=r"wrong\.jsonl, row \d+: the chosen response has the score 2 .* contradict"):
+        main(["fit", *tiny, "--data.source", source, "--model.objective", "ScoreWeighted"])
+
+
+def test_a_guard_that_stops_leaves_a_whole_run_behind(tiny: list[str]) -> None:
+    guard = ["--guard.max_kl", "1e-9", "--guard.action", "stop", "--trainer.max_epochs", "3"]
+    with pytest.warns(UserWarning, match=r"KL divergence .* The run stops\."):
+        main(["fit", *tiny, *guard])
+    folder = Path("runs/dpo/version_0")
+    assert {"adapter", "checkpoints", "config.yaml", "metrics.csv", "samples.md"} <= {p.name for p in folder.iterdir()}
+    steps = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < steps < 12
+
+
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
     many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0"]
     process = subprocess.Popen(
@@ -352,10 +471,19 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
 
 
 def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:
+    """Of an objective and a reference that keep running numbers, too."""
+    running = ["--model.objective", "BCOPair", "--model.objective.beta", "0.5", "--model.reference", "MovingReference"]
+    common = [*tiny, *running, "--guard.max_kl", "1e-9", "--trainer.max_epochs", "2"]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
-    command = [sys.executable, "-m", "lit_dpo", "fit", *tiny, *two, "--trainer.max_epochs", "2"]
-    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240)
-    main(["fit", *tiny, "--trainer.max_epochs", "2"])
+    command = [sys.executable, "-m", "lit_dpo", "fit", *common, *two]
+    printed = subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240, text=True)
+    assert printed.stderr.count("the KL divergence from the reference is") == 1, "both processes agree, one tells"
+    with pytest.warns(UserWarning, match="the KL divergence from the reference is"):
+        main(["fit", *common])
+    states = [torch.load(f"runs/dpo/version_{v}/checkpoints/last.ckpt", weights_only=True) for v in (0, 1)]
+    seen = [state["state_dict"]["objective.seen"].tolist() for state in states]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert seen[0][1] == 2 * 2 * 16, "the rewards of two epochs of 16 pairs"
     both = [metrics(Path(f"runs/dpo/version_{version}")) for version in (0, 1)]
     assert len(both[0]) == len(both[1])
     for one, other in zip(*both, strict=True):
