@@ -93,3 +93,47 @@ def test_real_rows_with_their_dirt(ultrafeedback: Path) -> None:
     assert len(rows) == 900
     assert [line.split(": ")[2].split(" (")[0] for line in report] == ["empty response", "identical responses"]
     assert len(pairs) == 900 - sum(int(line.split()[3]) for line in report)
+
+
+def test_ranked_lists_and_scores_come_back_from_the_cache() -> None:
+    rows = Dataset.from_list(
+        [
+            {"prompt": "the cat", "responses": ["a mat", "rain", "hills", "roof"], "scores": [4.0, 1.0, 3.0, 2.0]},
+            {"prompt": "a roof", "responses": ["on", "over"], "scores": [1.0, 2.0]},
+        ]
+    )
+    for _ in range(2):
+        pairs, report = prepare_pairs(rows, "lists", TOKENIZER, Truncation(64), max_responses=4)
+        assert report == []
+        batch = pairs[[0, 1]]
+        assert [len(segment.responses) for segment in batch.segments] == [4, 2]
+        assert batch.scores.tolist() == [4.0, 3.0, 2.0, 1.0, 2.0, 1.0]
+        assert batch.pairs() == [pairs.pair(0), pairs.pair(1)]
+        first = batch.segments[0]
+        ends = len(first.responses) * [TOKENIZER.eos_token]
+        texts = [TOKENIZER.decode(response) for response in pairs.pair(0).responses]
+        assert [text.split("<")[0] for text in texts] == ["a mat", "hills", "roof", "rain"]
+        assert all(text.rstrip().endswith(end) for text, end in zip(texts, ends, strict=True))
+        assert len(batch.input_ids) == sum(segment.prompt + sum(segment.responses) for segment in batch.segments)
+    two, _ = prepare_pairs(rows, "lists", TOKENIZER, Truncation(64))
+    assert two.pair(0).between == ()
+    assert two.pair(0).key != pairs.pair(0).key
+
+
+def test_scores_are_asked_for_by_row() -> None:
+    given = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 2.0, "score_rejected": 1.0}
+    pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, "prompt": "q"}]), "x", TOKENIZER, Truncation(64))
+    pairs.require_scores("ODPO")
+    for change, message in (
+        ({"score_chosen": None}, "x, row 1: there are no scores, at which ODPO looks"),
+        ({"score_chosen": 0.5}, "x, row 1: the chosen response has the score 0.5 and the rejected one 1;"),
+    ):
+        pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, **change}]), "x", TOKENIZER, Truncation(64))
+        with pytest.raises(ValueError, match=message):
+            pairs.require_scores("ODPO")
+
+
+def test_lists_are_cut_as_pairs_are() -> None:
+    rows = Dataset.from_list([{"prompt": "p", "responses": ["cat cat cat", "cat cat mat", "cat cat cat hills", "a"]}])
+    pairs, _ = prepare_pairs(rows, "x", TOKENIZER, Truncation(64, max_response_length=2), max_responses=4)
+    assert [len(response) for response in pairs.pair(0).responses] == [2, 2], "what is the same once cut counts once"
