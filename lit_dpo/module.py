@@ -130,7 +130,7 @@ class DPOModule(LightningModule):
         """The mean loss of the batch's pairs."""
         reference = self.reference.logps(batch)
         policy = self.policy.logps(batch)
-        losses: Tensor = self.objective(policy, reference)
+        losses = self.objective(policy, reference)
         self.observe(self.train_metrics, batch, losses, policy, reference)
         return losses.mean() * self._window_correction(batch_idx)
 

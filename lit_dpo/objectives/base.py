@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,10 @@ class Objective(nn.Module, ABC):
     uses_scores = False
     ranks_lists = False
     pairwise = True
+
+    if TYPE_CHECKING:  # nn.Module's own tells nothing of types
+
+        def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor: ...  # noqa: D102
 
     @abstractmethod
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:

@@ -150,8 +150,7 @@ class WPO(Wrapper):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
-        losses: Tensor = self.objective(policy, reference)
-        return self.weights(policy) * losses
+        return self.weights(policy) * self.objective(policy, reference)
 
     def weights(self, policy: PairLogps) -> Tensor:
         """The weight of each pair, (P,), without a gradient.
@@ -201,8 +200,7 @@ class LDDPO(Wrapper):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
-        loss: Tensor = self.objective(self.shortened(policy), self.shortened(reference))
-        return loss
+        return self.objective(self.shortened(policy), self.shortened(reference))
 
     def shortened(self, logps: PairLogps) -> PairLogps:
         """The log-probs with the weight α on what one response is longer than the other.

@@ -86,5 +86,4 @@ class ScoreWeighted(Wrapper):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
-        losses: Tensor = self.objective(policy, reference)
-        return self.scale * score_differences(policy) * losses
+        return self.scale * score_differences(policy) * self.objective(policy, reference)
