@@ -81,12 +81,14 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
 def _plain_object(value: Any) -> Any:
     """An object as its class and the arguments that it was made with, and so those among them.
 
-    An argument is null if it is what null stands for, so that a configuration file without it says the same.
+    Arguments are null if they are what null stands for, so that a configuration file without them says the same.
     """
     if isinstance(value, BitsAndBytesConfig):
         return _plain_fields(value, BitsAndBytesConfig())
     if isinstance(value, list | tuple | torch.nn.ModuleList):
         return [_plain_object(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain_object(item) for name, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     arguments = inspect.signature(type(value)).parameters
@@ -97,7 +99,8 @@ def _plain_object(value: Any) -> Any:
     optional = [name for name, argument in arguments.items() if argument.default is None and plain[name] is not None]
     if optional:
         bare = type(value)(**{name: getattr(value, name) for name in arguments if name not in optional})
-        plain |= {name: None for name in optional if _plain_object(getattr(bare, name)) == plain[name]}
+        if all(_plain_object(getattr(bare, name)) == plain[name] for name in optional):
+            plain |= dict.fromkeys(optional)
     return {"class_path": _path(type(value)), "init_args": plain}
 
 

@@ -26,12 +26,20 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.objectives import Objective, PairLogps, Sigmoid
 from lit_dpo.policy.execution import Switch, compilation_pays
-from lit_dpo.policy.loading import LORA, MOVING_ADAPTER, Quantization, load_policy, precision_for, quantization_for
+from lit_dpo.policy.loading import (
+    LORA,
+    MOVING_ADAPTER,
+    Quantization,
+    load_policy,
+    of_adapter,
+    precision_for,
+    quantization_for,
+)
 from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.reference import AnotherModel, InitialPolicy, MovingReference, NoReference, Reference
 from lit_dpo.policy.reference_cache import CachedReference
 from lit_dpo.reference_pass import ReferencePass
-from lit_dpo.step import PAIRS, FiniteSteps, Observation, of_all_ranks, plain_pairs
+from lit_dpo.step import PAIRS, FiniteSteps, Observation, of_all_ranks
 
 Prediction: TypeAlias = dict[str, Any]
 LRCourse: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -61,7 +69,8 @@ class DPOModule(LightningModule):
         compile: Compile the layers: less time and memory once it is done, same numbers but for rounding; ``auto`` does
             so on a CPU for runs of 500 batches or more, where there is a C++ compiler.
         on_nonfinite: What happens if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the optimizer
-            step. Either way nothing is trained on it, and the step is written to a file that reproduces it.
+            step. Either way nothing is trained on it, and the step is written to a file that reproduces it. A gradient
+            that overflows under ``16-mixed`` is left to the GradScaler, until its scale falls below 1.
         token_metrics: Log ``entropy`` and ``mean_token_accuracy`` too, at the price of more passes over the vocabulary.
         layout: ``flat`` lays each prompt out once without padding; ``padded`` uses separate rows; ``auto`` takes flat
             wherever it gives the model's own log-probs.
@@ -116,8 +125,10 @@ class DPOModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.reference_choice, self.layout, self.token_metrics = reference, layout, token_metrics
         self.on_nonfinite = on_nonfinite
-        self.step: list[Observation] = []  # the batches of the optimizer step that is being made
-        self.failed_step = False
+        self.observations: list[Observation] = []  # the batches of the optimizer step that is being made
+        self.kept_step = True  # whether the optimizer took it
+        self.failed_step = False  # whether it was not taken because it was not finite
+        self.nonfinite_pairs: list[Any] | None = None  # for the checkpoint that reproduces it
         self.gradient_checkpointing, self.compilation = gradient_checkpointing, compile
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
@@ -292,7 +303,7 @@ class DPOModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and tells those that keep running numbers."""
         super().optimizer_step(*args, **kwargs)
-        self.objective.end_step(kept=not self.failed_step)
+        self.objective.end_step(kept=self.kept_step)
         self.reference.end_step(self.global_step + 1)
 
     # --- logging ---------------------------------------------------------------------------------------------------
@@ -305,13 +316,13 @@ class DPOModule(LightningModule):
         against = reference if self.has_reference else None
         metrics.update(losses, rewards, policy, against)
         if metrics is self.train_metrics:
-            self.step.append(Observation(batch, losses.detach(), policy.detach(), against))
+            self.observations.append(Observation(batch, losses.detach(), policy.detach(), against))
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Logs the mean over the pairs of an optimizer step, on all ranks."""
         if not self.trainer.fit_loop._should_accumulate():
             self._log_means("train", self.train_metrics)
-            self.step.clear()
+            self.observations.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all held-out pairs; those before the first step too."""
@@ -341,9 +352,8 @@ class DPOModule(LightningModule):
         names = self._kept_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
         checkpoint["random_states"] = of_all_ranks(self.trainer, random_state())
-        if self.failed_step:
-            batches = of_all_ranks(self.trainer, plain_pairs(self.step))
-            checkpoint[PAIRS] = [batch for rank in batches for batch in rank]
+        if self.nonfinite_pairs is not None:
+            checkpoint[PAIRS] = self.nonfinite_pairs
         if self.trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(self.trainer.optimizers[0])
 
@@ -355,25 +365,38 @@ class DPOModule(LightningModule):
             checkpoint["state_dict"] = {name: value.to(device) for name, value in checkpoint["state_dict"].items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what trains, the base being there already.
+        """Loads what trains, the base being there already, and running numbers, if they fit.
 
         Raises:
             ValueError: If the weights are not those of these very adapters, whatever ``strict``.
         """
         found, expected = set(state_dict), self._kept_names()
-        if found != expected:
-            example = sorted(found ^ expected)[0]
+        running = {
+            name for name in found | expected if name.startswith("objective.") or of_adapter(name, MOVING_ADAPTER)
+        }
+        differing = found ^ expected
+        if differing - running:
             raise ValueError(
-                f"The checkpoint holds {len(found)} weights and running numbers; {len(found & expected)} of them fit "
-                f"the {len(expected)} of this model ({example} is on one side only). Were its model.lora, "
-                "model.reference or model.objective others?"
+                f"The checkpoint holds {len(found - running)} weights; {len((found & expected) - running)} of them fit "
+                f"the {len(expected - running)} of this model ({sorted(differing - running)[0]} is on one side only). "
+                "Was its model.lora another?"
             )
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        if differing:
+            rank_zero_warn(
+                f"The checkpoint is of another model.objective or model.reference: {sorted(differing)[0]} and what "
+                "else it kept of them is left out, and starts anew here."
+            )
+        super().load_state_dict(
+            {name: value for name, value in state_dict.items() if name in expected}, strict=False, assign=assign
+        )
         return _IncompatibleKeys([], [])
 
     def on_train_start(self) -> None:
         """Goes on from a checkpoint with its random generators, but with this run's optimizer settings."""
         self.train()
+        self.observations.clear()  # of a run that was broken off
+        self.train_metrics.reset()
+        self.objective.end_step(kept=False)
         if self._random_states is None:
             return
         if self.global_rank < len(self._random_states):
@@ -385,7 +408,7 @@ class DPOModule(LightningModule):
     def _kept_names(self) -> set[str]:
         """Of a checkpoint: adapters in training, the copy that follows them, the objective's running numbers."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        kept |= {name for name, _ in self.named_parameters() if f".{MOVING_ADAPTER}." in name}
+        kept |= {name for name, _ in self.named_parameters() if of_adapter(name, MOVING_ADAPTER)}
         return kept | {f"objective.{name}" for name in self.objective.state_dict()}
 
 

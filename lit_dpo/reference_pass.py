@@ -21,9 +21,6 @@ class ReferencePass(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The training pairs; the held-out ones came before, in the sanity check, or come later."""
         self._fill(trainer, pl_module)
-        reference = vars(pl_module).get("reference")
-        if isinstance(reference, CachedReference):
-            reference.initial.release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The held-out pairs."""
@@ -54,6 +51,8 @@ class ReferencePass(Callback):
         for pairs, indices in _ahead(trainer):
             with trainer.precision_plugin.forward_context():
                 module.reference.fill(pairs, indices, shares=shares, barrier=trainer.strategy.barrier, title=title)
+        if not trainer.sanity_checking:  # after which the training pairs come
+            module.reference.initial.release()
 
 
 def _ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:

@@ -20,6 +20,7 @@ from lit_dpo.run_dir import run_dir
 PAIRS = "nonfinite_step"  # key of a checkpoint that holds the pairs of each batch of such a step
 
 
+MOST_IN_A_ROW = 10  # failed steps that are skipped before it is plain that no other will come
 OnNonfinite: TypeAlias = Literal["stop", "skip"]
 
 
@@ -61,14 +62,16 @@ class Observation(NamedTuple):
 class FiniteSteps(Callback):
     """Takes care that nothing is trained on a loss or gradient that is not finite; logs ``train/grad_norm``.
 
-    A ``DPOModule`` brings this callback with it. Under a GradScaler, gradients that are not finite are its business.
+    A ``DPOModule`` brings this callback with it. Under a GradScaler a gradient that is not finite skips the step by
+    itself and halves the scale; it is a failure only once the scale, below 1, cannot be what overflows.
 
     Args:
-        on_nonfinite: ``stop`` the run, or ``skip`` the optimizer step.
+        on_nonfinite: ``stop`` the run, or ``skip`` the optimizer step; but no more than ten in a row.
     """
 
     def __init__(self, on_nonfinite: OnNonfinite) -> None:
         self.on_nonfinite = on_nonfinite
+        self._in_a_row = 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Looks at all losses of the step, and at its gradient before clipping.
@@ -78,21 +81,29 @@ class FiniteSteps(Callback):
         """
         norm = _gradient_norm(pl_module.parameters())
         pl_module.log("train/grad_norm", norm, batch_size=1)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        losses = all(bool(observation.losses.isfinite().all()) for observation in pl_module.step)
-        finite = losses and (scaled or math.isfinite(norm))
+        losses = all(bool(observation.losses.isfinite().all()) for observation in pl_module.observations)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        may_overflow = scaler is not None and scaler.get_scale() >= 1
+        finite = losses and (may_overflow or math.isfinite(norm))
         pl_module.failed_step = not trainer.strategy.reduce_boolean_decision(finite, all=True)
+        pl_module.kept_step = math.isfinite(norm) and not pl_module.failed_step
+        self._in_a_row = self._in_a_row + 1 if pl_module.failed_step else 0
         if not pl_module.failed_step:
             return
         path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
+        batches = of_all_ranks(trainer, plain_pairs(pl_module.observations))
+        pl_module.nonfinite_pairs = [batch for rank in batches for batch in rank]
         trainer.save_checkpoint(path, weights_only=True)
-        here = [pair for observation in pl_module.step for pair in observation.pairs()]
+        pl_module.nonfinite_pairs = None
+        here = [pair for observation in pl_module.observations for pair in observation.pairs()]
         pairs = [pair for rank in of_all_ranks(trainer, here) for pair in rank]
         failed = [pair for pair in pairs if not math.isfinite(pair.loss)]
         what = f"the loss of {name_pairs(failed)}" if failed else f"the gradient (norm {norm}) of {name_pairs(pairs)}"
         message = f"Step {trainer.global_step + 1}: {what} is not finite. Policy and pairs are in {path}."
         if self.on_nonfinite == "stop":
             raise NonFiniteLossError(f"{message} model.on_nonfinite=skip would go on without this step.")
+        if self._in_a_row == MOST_IN_A_ROW:
+            raise NonFiniteLossError(f"{message} So were the {MOST_IN_A_ROW - 1} steps before: the policy is broken.")
         rank_zero_warn(f"{message} The step is skipped.")
         optimizer.zero_grad()  # an optimizer leaves alone what has no gradient
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_dpo import DPOModule
 from lit_dpo.callbacks import CollapseGuard, LastCheckpoint
-from lit_dpo.objectives import SFT, PairLogps, Sigmoid, SimPO
+from lit_dpo.objectives import SFT, BCOPair, Mixture, PairLogps, Sigmoid, SimPO
 from lit_dpo.step import NonFiniteLossError, read_nonfinite_step
 from tests.test_module import adapters, data, fit, module, sgd
 
@@ -136,8 +136,6 @@ def test_another_checkpoint_is_told_apart(pairs_file: str, tmp_path: Path) -> No
 
 
 def test_a_skipped_step_leaves_bcos_shift_alone(pairs_file: str) -> None:
-    from lit_dpo.objectives import BCOPair, Mixture
-
     length, first, _ = broken_length(pairs_file, 0)
     shifts = []
 
@@ -221,3 +219,59 @@ def test_without_a_reference_it_says_what_it_cannot_see(
 def test_limits_must_be_positive(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"guard.{next(iter(arguments))} must be positive"):
         CollapseGuard(**arguments)
+
+
+def test_a_run_goes_on_afresh_after_one_that_was_broken_off(pairs_file: str, tmp_path: Path) -> None:
+    length, _, _ = broken_length(pairs_file, 3)
+    model = module_of(pairs_file, objective=Breaks(0.1, length))
+    with pytest.raises(NonFiniteLossError):
+        fit(model, data(pairs_file, batch_size=2), accumulate_grad_batches=4, default_root_dir=tmp_path)
+    model.objective.length = 0
+    seen = []
+
+    class Note(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            seen.append(len(pl_module.observations))
+
+    fit(model, data(pairs_file, batch_size=2), accumulate_grad_batches=4, callbacks=[Note()])
+    assert seen == [4, 4]
+
+
+def test_only_its_own_checkpoint_holds_the_pairs(pairs_file: str, tmp_path: Path) -> None:
+    length, _, _ = broken_length(pairs_file, 3)
+    model = module_of(pairs_file, objective=Breaks(0.1, length), on_nonfinite="skip")
+    kept = {"callbacks": [LastCheckpoint(every_n_steps=1)], "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="is skipped"):
+        trainer = fit(model, data(pairs_file, batch_size=2), default_root_dir=tmp_path, **kept)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    for path in (tmp_path / "checkpoints/last.ckpt", tmp_path / "end.ckpt"):
+        assert "nonfinite_step" not in torch.load(path, weights_only=True)
+
+
+def test_a_policy_that_is_broken_for_good_stops_the_run(pairs_file: str, tmp_path: Path) -> None:
+    class Always(Sigmoid):
+        def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+            return super().forward(policy, reference) * torch.nan
+
+    model = module_of(pairs_file, objective=Always(), on_nonfinite="skip")
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NonFiniteLossError, match="So were the 9 steps"):
+        fit(model, data(pairs_file, batch_size=2), max_epochs=2, default_root_dir=tmp_path)
+    assert len(list(tmp_path.glob("nonfinite*"))) == 10
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_grad_scaler_may_skip_steps_but_not_for_ever(pairs_file: str, tmp_path: Path) -> None:
+    """Gradients that are not finite at any scale are no overflow."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Broken(BCOPair):
+        def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+            return super().forward(policy, reference) + (0 * policy.chosen).sqrt().sum()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = module_of(pairs_file, objective=Broken())
+    model.build_policy(torch.float32, torch.device("cpu"))
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    with pytest.raises(NonFiniteLossError, match="Step 4: the gradient"):  # the scale was 4, 2, 1, and is a half
+        fit(model, data(pairs_file, batch_size=2), plugins=[precision], default_root_dir=tmp_path, limit_val_batches=0)
+    assert model.objective.seen.tolist() == [0.0, 0.0], "of steps that were not taken nothing is kept"

@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -11,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.base_model import cache_dir
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.objectives import Sigmoid
+from lit_dpo.objectives import IPO, LDDPO, ODPO, RPO, SFT, WPO, AlphaDivergence, JensenShannon, Mixture, Sigmoid
 from lit_dpo.policy.reference import InitialPolicy
 from tests.tiny import random_batch
 
@@ -217,6 +218,33 @@ def test_an_objective_of_ones_own_survives_a_checkpoint(tiny_base: str, pairs_fi
     assert repr(loaded.objective) == repr(Scaled(3.0))
     with pytest.raises(ValueError, match="must keep its argument 'factor'"):
         module(tiny_base, objective=Forgetful(3.0))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Mixture([Sigmoid(0.2), SFT(), IPO(0.3)], [0.8, 0.2, 1.0]),
+        Mixture(),
+        WPO(LDDPO(0.3, IPO(0.2, JensenShannon()))),
+        Mixture([WPO(), ODPO(scale="linear")], [1.0, 2.0]),
+        Sigmoid(divergence=AlphaDivergence(0.3)),
+        RPO(0.2, 0.5),
+    ],
+    ids=repr,
+)
+def test_nested_objectives_survive_a_checkpoint(
+    tiny_base: str, pairs_file: str, tmp_path: Path, objective: Any
+) -> None:
+    model = module(tiny_base, objective=objective)
+    model.build_policy(torch.float32, torch.device("cpu"))
+    checkpoint = {
+        "state_dict": {name: value for name, value in model.state_dict().items() if name in model._kept_names()},
+        "hyper_parameters": {**model.hparams},
+        "pytorch-lightning_version": lightning.__version__,
+    }
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    loaded = DPOModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert repr(loaded.objective) == repr(objective)
 
 
 def test_the_users_compute_type_is_kept_and_the_object_untouched(tiny_base: str) -> None:

@@ -2,17 +2,20 @@
 
 import copy
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 
-from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo import DPOModule
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.objectives import CPO, ORPO, SFT, Mixture, Objective, Sigmoid, SimPO
+from lit_dpo.objectives import CPO, ORPO, SFT, BCOPair, Mixture, Objective, Sigmoid, SimPO
+from lit_dpo.policy.loading import followed, of_adapter
 from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.reference import AnotherModel, MovingReference
 from tests.test_module import Losses, adapters, data, fit, module, sgd
@@ -240,11 +243,50 @@ def test_what_a_moving_reference_cannot_be_is_refused(arguments: dict[str, Any],
         MovingReference(**arguments)
 
 
-def test_a_checkpoint_of_another_reference_is_refused(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
-    trainer = fit(module(tiny_base, reference=MovingReference()), data(pairs_file))
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    datamodule: PreferenceDataModule = data(pairs_file)
-    with pytest.raises(ValueError, match=r"Were its model\.lora, model\.reference or model\.objective others"):
-        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=2).fit(
-            module(tiny_base), datamodule, ckpt_path=tmp_path / "x.ckpt", weights_only=True
-        )
+@pytest.mark.filterwarnings("ignore:You're resuming")
+def test_adapters_are_taken_from_a_checkpoint_of_another_reference_or_objective(
+    tiny_base: str, pairs_file: str, tmp_path: Path
+) -> None:
+    first = module(tiny_base, reference=MovingReference(), objective=BCOPair())
+    fit(first, data(pairs_file)).save_checkpoint(tmp_path / "x.ckpt")
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    other = module(tiny_base)
+    with pytest.warns(UserWarning, match=r"of another model\.objective or model\.reference: objective\.seen"):
+        Trainer(**quiet).validate(other, data(pairs_file), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    for name, parameter in adapters(first).items():
+        assert torch.equal(parameter, adapters(other)[name])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_embeddings_with_adapters_move_too(tiny_base: str, pairs_file: str) -> None:
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    model = module(tiny_base, lora=lora, reference=MovingReference(alpha=1.0, tau=1), optimizer=sgd(0.1))
+    fit(model, data(pairs_file))
+    parameters = dict(model.named_parameters())
+    moving = [name for name in parameters if of_adapter(name, "moving")]
+    assert any("embedding" in name for name in moving)
+    for name in moving:
+        assert torch.equal(parameters[name], parameters[followed(name)]), name
+    assert set(moving) <= model._kept_names()
+
+
+def test_another_model_is_gone_once_its_log_probs_are_on_disk(tiny_base: str, pairs_file: str) -> None:
+    model, alive = module(tiny_base, reference=AnotherModel(tiny_base, quantization=None)), []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+            alive.extend(weight for weight in weights if weight() is not None)
+
+    weights = []
+    opened = AnotherModel.open
+
+    def noted(self: AnotherModel, *arguments: Any) -> Any:
+        initial = opened(self, *arguments)
+        weights.extend(weakref.ref(parameter) for parameter in initial.policy.parameters())
+        return initial
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnotherModel, "open", noted)
+        fit(model, data(pairs_file), callbacks=[Look()])
+    assert weights
+    assert not alive

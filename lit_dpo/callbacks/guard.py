@@ -55,13 +55,14 @@ class CollapseGuard(Callback):
             return
         if module.failed_step:
             trainer.should_stop |= self.action == "stop"
-        elif module.has_reference:
-            self._look(trainer, [pair for observation in module.step for pair in observation.pairs()])
+        elif module.has_reference and (self.max_drop or self.max_kl):
+            self._look(trainer, [pair for observation in module.observations for pair in observation.pairs()])
 
     def _look(self, trainer: Trainer, pairs: list[PairNumbers]) -> None:
         drop = sum(-pair.displacement for pair in pairs)
         kl = sum(pair.kl * pair.num_tokens for pair in pairs)
-        totals = torch.tensor([drop, len(pairs), kl, sum(pair.num_tokens for pair in pairs)], dtype=torch.float64)
+        totals = torch.tensor([drop, len(pairs), kl, sum(pair.num_tokens for pair in pairs)])
+        totals = totals.to(trainer.strategy.root_device)  # where the processes can talk to one another
         drop, number, kl, tokens = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         drop, kl = drop / number, kl / tokens
         if self._passes(drop, self.max_drop, "max_drop"):

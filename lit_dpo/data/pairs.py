@@ -48,7 +48,7 @@ def read_pair(row: Mapping[str, Any], max_responses: int = 2) -> PreferencePair 
 
     Returns:
         The pair, or the reason to leave it out: ``"empty prompt"``, ``"empty response"``, ``"identical responses"``,
-        ``"more than one answer turn"`` or ``"no two responses of different scores"``.
+        ``"more than one answer turn"``, ``"no two different responses"`` or ``"no two responses of different scores"``.
 
     Raises:
         RowError: If the row is in none of the formats.
@@ -102,13 +102,18 @@ def _read_list(row: Mapping[str, Any], max_responses: int) -> PreferencePair | s
     if not isinstance(listed, list):
         raise RowError(f"the responses must be a list, not {type(listed).__name__}")
     answers = [_answer(response) for response in listed]
-    scores = [_number(score) for score in row.get("scores") or [_score(response) for response in listed]]
+    column = row.get("scores")
+    scores = [_number(score) for score in (column or [_score(response) for response in listed])]
+    if "completions" in row and not any(name in entry for entry in listed for name in SCORE_NAMES):
+        raise RowError(f"the completions have no score, under none of the names {', '.join(SCORE_NAMES)}")
+    if column and any(score is not None and math.isnan(_number(score)) for score in column):
+        raise RowError(f"the scores must be numbers, not {column!r:.80}")
     if len(scores) != len(answers):
         raise RowError(f"there are {len(scores)} scores for {len(answers)} responses")
     turns = _messages(prompt, "prompt")
     if not turns or not _has_text(turns[-1]):
         return "empty prompt"
-    scored = not all(math.isnan(score) for score in scores)
+    scored = bool(column) or "completions" in row or not all(math.isnan(score) for score in scores)
     order = range(len(answers))
     if scored:
         order = sorted((i for i in order if not math.isnan(scores[i])), key=lambda i: -scores[i])  # type: ignore[assignment]
@@ -119,7 +124,7 @@ def _read_list(row: Mapping[str, Any], max_responses: int) -> PreferencePair | s
         if not (scored and kept and scores[index] == scores[kept[-1]]):
             kept.append(index)
     if len(kept) < 2:
-        return "no two responses of different scores"
+        return "no two responses of different scores" if scored else "no two different responses"
     kept = _spread(kept, max_responses)
     best, *between, worst = (answers[index] for index in kept)
     return PreferencePair(turns, best, worst, tuple(between), tuple(scores[index] for index in kept) if scored else ())

@@ -180,8 +180,8 @@ class LogRatioObjective(Objective):
 
 def positive(name: str, value: float) -> float:
     """A parameter that must be positive."""
-    if not value > 0:
-        raise ValueError(f"objective.{name} must be positive, not {value}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"objective.{name} must be positive and finite, not {value}.")
     return value
 
 

@@ -31,7 +31,8 @@ class Mixture(Objective):
     def __init__(self, objectives: list[Objective] | None = None, weights: list[float] | None = None) -> None:
         super().__init__()
         if objectives is None:
-            objectives, weights = [Sigmoid(), BCOPair(beta=0.1), SFT()], weights or [0.8, 0.2, 1.0]
+            objectives = [Sigmoid(), BCOPair(beta=0.1), SFT()]
+            weights = [0.8, 0.2, 1.0] if weights is None else weights
         self.weights = [1.0] * len(objectives) if weights is None else list(weights)
         self.objectives = nn.ModuleList(objectives)
         if not objectives or len(objectives) != len(self.weights):
@@ -110,8 +111,8 @@ class Wrapper(Objective):
         name = type(self.objective).__name__
         if not self.pairwise:
             raise ValueError(
-                f"{type(self).__name__} cannot hold {name}: it sorts the pairs of a batch, so its losses are not of "
-                f"single pairs, and a pair's {what} would fall on others."
+                f"{type(self).__name__} cannot hold {name}: its losses are not of single pairs (AOT sorts the batch), "
+                f"so a pair's {what} would fall on others."
             )
         if self.ranks_lists:
             raise ValueError(
@@ -169,6 +170,8 @@ class WPO(Wrapper):
 class LDDPO(Wrapper):
     """LD-DPO: tokens beyond the length that both responses share weigh α instead of 1, in policy and reference.
 
+    Objectives that average over a response still divide by the number of all its tokens.
+
     Args:
         alpha: In [0, 1]; 1 changes nothing, 0 leaves those tokens out. The paper tunes it for each model; this default
             is the middle of its range.
@@ -188,10 +191,11 @@ class LDDPO(Wrapper):
 
     def __init__(self, alpha: float = 0.5, objective: Objective | None = None) -> None:
         super().__init__(objective)
-        if self.ranks_lists or isinstance(self.objective, WPO):
-            inside = type(self.objective).__name__
-            remedy = "put WPO around LDDPO" if inside == "WPO" else "its lists share no length of two responses"
-            raise ValueError(f"LDDPO cannot hold {inside}: {remedy}.")
+        inside = type(self.objective).__name__
+        if self.uses_statistics:
+            raise ValueError(f"LDDPO cannot hold {inside}: its weights are of all tokens. Put WPO around LDDPO.")
+        if self.ranks_lists:
+            raise ValueError(f"LDDPO cannot hold {inside}: lists share no length of two responses.")
         self.alpha = within("alpha", alpha, 0, 1, "[]")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
@@ -210,10 +214,12 @@ class LDDPO(Wrapper):
         """
         if logps.responses is None:
             raise ValueError("LDDPO needs log-probs token by token: PairLogps.responses.")
-        responses = logps.responses
-        weighted = _weights(responses, self.alpha) * responses.token_logps
-        chosen, rejected = responses.ends(responses.sum(weighted))
-        return logps._replace(chosen=chosen, rejected=rejected)
+        if any(count != 2 for count in logps.responses.counts):
+            raise ValueError("LDDPO takes pairs; lists share no length of two responses.")
+        weights = _weights(logps.responses, self.alpha)
+        responses = logps.responses._replace(token_logps=weights * logps.responses.token_logps)
+        chosen, rejected = responses.ends(responses.sum(responses.token_logps))
+        return logps._replace(chosen=chosen, rejected=rejected, responses=responses)
 
 
 def _weights(responses: Responses, alpha: float) -> Tensor:

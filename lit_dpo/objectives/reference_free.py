@@ -44,6 +44,7 @@ class SFT(Objective):
         if average not in ("pair", "token"):
             raise ValueError(f"objective.average must be 'pair' or 'token', not {average!r}.")
         self.average = average
+        self.pairwise = average == "pair"
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
         """Log-probs per token."""

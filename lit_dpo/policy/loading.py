@@ -43,6 +43,16 @@ def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesCo
     return quantization
 
 
+def of_adapter(name: str, adapter: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return adapter in name.split(".")  # a part of its own, at the end for embeddings
+
+
+def followed(name: str) -> str:
+    """The name of the parameter in training that one of the moving copy follows."""
+    return ".".join("default" if part == MOVING_ADAPTER else part for part in name.split("."))
+
+
 def check_lora(lora: LoraConfig) -> None:
     """Refuses adapters under which switching them off would not give back the initial policy.
 
@@ -132,13 +142,12 @@ def load_policy(
         peft_model.add_adapter(MOVING_ADAPTER, config)
     parameters = dict(peft_model.named_parameters())
     for parameter_name, parameter in parameters.items():
-        frozen_copy = any(f".{adapter}" in parameter_name for adapter in (REFERENCE_ADAPTER, MOVING_ADAPTER))
-        parameter.requires_grad_("lora_" in parameter_name and not frozen_copy)
-        if parameter.requires_grad or f".{MOVING_ADAPTER}" in parameter_name:
+        parameter.requires_grad_("lora_" in parameter_name and of_adapter(parameter_name, "default"))
+        if parameter.requires_grad or of_adapter(parameter_name, MOVING_ADAPTER):
             parameter.data = parameter.data.float()
     for parameter_name, parameter in parameters.items():
-        if f".{MOVING_ADAPTER}" in parameter_name:
-            parameter.data.copy_(parameters[parameter_name.replace(f".{MOVING_ADAPTER}", ".default")])
+        if of_adapter(parameter_name, MOVING_ADAPTER):
+            parameter.data.copy_(parameters[followed(parameter_name)])
     fuse_adapters(peft_model)
     return peft_model.train()
 

@@ -1,5 +1,6 @@
 """What the policy is held against: itself as it was at the start, another model, a copy that follows it, or nothing."""
 
+import gc
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -20,7 +21,9 @@ from lit_dpo.policy.loading import (
     MOVING_ADAPTER,
     REFERENCE_ADAPTER,
     Quantization,
+    followed,
     load_policy,
+    of_adapter,
     quantization_for,
 )
 from lit_dpo.policy.policy import Policy
@@ -93,7 +96,7 @@ class InitialPolicy(Reference):
         }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=_plain).encode(), digest_size=16)
         for name, tensor in sorted(model.state_dict().items()):
-            if "default" not in name.split("."):
+            if not of_adapter(name, "default"):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -117,6 +120,7 @@ class OtherPolicy(InitialPolicy):
     def release(self) -> None:
         """Gives its memory back; if there are other pairs to come, it is loaded again."""
         vars(self).pop("policy", None)
+        gc.collect()  # its layers and their functions hold one another
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -166,8 +170,8 @@ class MovingReference(Reference):
             return
         parameters = dict(self.policy.model.named_parameters())
         for name, parameter in parameters.items():
-            if f".{MOVING_ADAPTER}." in name:
-                parameter.lerp_(parameters[name.replace(f".{MOVING_ADAPTER}.", ".default.")], self.alpha)
+            if of_adapter(name, MOVING_ADAPTER):
+                parameter.lerp_(parameters[followed(name)], self.alpha)
 
 
 class AnotherModel:

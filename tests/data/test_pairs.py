@@ -113,7 +113,12 @@ def test_of_equal_scores_one_response_is_kept_and_empty_ones_none() -> None:
     ("row", "reason"),
     [
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": [1, 1]}, "no two responses of different scores"),
-        ({"prompt": "Why?", "responses": ["A", " "]}, "no two responses of different scores"),
+        ({"prompt": "Why?", "responses": ["A", " "]}, "no two different responses"),
+        ({"prompt": "Why?", "responses": ["A", "B"], "scores": [None, None]}, "no two responses of different scores"),
+        (
+            {"prompt": "Why?", "completions": [{"response": text, "overall_score": None} for text in "AB"]},
+            "no two responses of different scores",
+        ),
         ({"prompt": " ", "responses": ["A", "B"]}, "empty prompt"),
     ],
 )
@@ -127,6 +132,8 @@ def test_lists_that_rank_nothing_are_left_out(row: dict[str, Any], reason: str) 
         ({"responses": ["A", "B"]}, "needs a column 'prompt' or 'instruction'"),
         ({"prompt": "Why?", "responses": "A"}, "must be a list, not str"),
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": [1]}, "1 scores for 2 responses"),
+        ({"prompt": "Why?", "responses": ["A", "B"], "scores": ["low", "high"]}, "scores must be numbers"),
+        ({"prompt": "Why?", "completions": [{"response": "A", "rating": 1}]}, "have no score, under none of the names"),
         ({"prompt": "Why?", "responses": ["A", 7]}, "a text or an assistant's message, not 7"),
     ],
 )

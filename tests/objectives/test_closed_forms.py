@@ -246,6 +246,9 @@ def test_length_desensitization_weighs_what_is_longer() -> None:
     losses = ours.LDDPO(0.3, ours.Sigmoid(0.5))(from_tokens(policy, LENGTHS), from_tokens(reference, LENGTHS))
     expected = [-log_sigma(0.5 * (own[i] - theirs[i] - own[i + 1] + theirs[i + 1])) for i in range(0, len(LENGTHS), 2)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+    for inside in (ours.PlackettLuce(0.5), ours.Sigmoid(0.5)):
+        mixed = ours.LDDPO(0.3, ours.Mixture([inside, ours.Sigmoid()], [1.0, 0.0]))
+        assert mixed(from_tokens(policy, LENGTHS), from_tokens(reference, LENGTHS)).tolist() == pytest.approx(expected)
     for alpha, same in ((1.0, True), (0.0, False)):
         logps = from_tokens(policy, LENGTHS), from_tokens(reference, LENGTHS)
         equal = torch.allclose(ours.LDDPO(alpha)(*logps), ours.Sigmoid()(*logps))

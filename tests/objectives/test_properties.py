@@ -149,6 +149,8 @@ OUTSIDE = [
     *((name, {"beta": 0.0}) for name in NAMES if name not in "IPO SFT ORPO Mixture WPO LDDPO ScoreWeighted".split()),
     ("Sigmoid", {"beta": -1.0}),
     ("Sigmoid", {"beta": math.nan}),
+    ("Sigmoid", {"beta": math.inf}),
+    ("Mixture", {"weights": []}),
     ("Sigmoid", {"label_smoothing": 0.5}),
     ("Sigmoid", {"label_smoothing": -0.1}),
     ("Robust", {"label_smoothing": 0.5}),
@@ -191,15 +193,19 @@ def test_alpha_divergences_lie_between_reverse_and_forward_kl() -> None:
 
 def test_combinations_without_a_meaning_are_refused_saying_why() -> None:
     for wrapper in (ours.WPO, ours.ScoreWeighted):
-        for sorts in (ours.AOT(), ours.AOTUnpaired(), ours.Mixture([ours.Sigmoid(), ours.AOT()])):
-            with pytest.raises(ValueError, match="sorts the pairs of a batch"):
+        for sorts in (ours.AOT(), ours.AOTUnpaired(), ours.SFT("token"), ours.Mixture([ours.Sigmoid(), ours.AOT()])):
+            with pytest.raises(ValueError, match="not of single pairs"):
                 wrapper(sorts)
         with pytest.raises(ValueError, match="not of a list"):
             wrapper(ours.PlackettLuce())
-    with pytest.raises(ValueError, match="put WPO around LDDPO"):
-        ours.LDDPO(objective=ours.WPO())
+    for weighs in (ours.WPO(), ours.ScoreWeighted(ours.WPO()), ours.Mixture([ours.WPO()])):
+        with pytest.raises(ValueError, match="Put WPO around LDDPO"):
+            ours.LDDPO(objective=weighs)
     with pytest.raises(ValueError, match="share no length"):
         ours.LDDPO(objective=ours.PlackettLuce())
+    three = from_tokens(random_tokens(1, lengths=(2, 3, 1)), (2, 3, 1), counts=(3,))
+    with pytest.raises(ValueError, match="LDDPO takes pairs"):
+        ours.LDDPO()(three, three)
     with pytest.raises(ValueError, match=r"weights has 1 numbers for 2 objectives"):
         ours.Mixture([ours.Sigmoid(), ours.SFT()], [1.0])
     with pytest.raises(ValueError, match=r"objective.weights must lie in"):
