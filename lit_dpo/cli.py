@@ -4,19 +4,22 @@ A ``LightningCLI`` with every Trainer flag, plus our defaults: precision by the 
 that leave adapter, checkpoints, samples and a summary behind, and errors of one line.
 """
 
-import copy
+import argparse
 import difflib
+import inspect
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import _typehints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -25,6 +28,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
+from lit_dpo import objectives
 from lit_dpo.callbacks import (
     AdapterExport,
     CollapseGuard,
@@ -135,26 +139,28 @@ class DPOCLI(LightningCLI):
             commands.add_subcommand(name, command, help=description)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, with the parameters of an objective that is chosen here at their own defaults."""
-        self.config = parser.parse_args(afresh(self._args))
+        """Parses upon the model's arguments of a checkpoint, if there is one; what is given beats them, with a warning.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not there.
+        """
+        command, path = next((name for name in DESCRIPTIONS if name in self._args), None), _given_checkpoint(self._args)
+        stored: dict[str, Any] = {}
+        if path is not None and command not in (None, GENERATE):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            plain = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
+            stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
+            self._subcommand_parsers[str(command)].set_defaults({f"model.{key}": stored[key] for key in plain})
+        with _new_classes_start_afresh():
+            self.config = parser.parse_args(self._args)
+        if stored:
+            for setting, now, was in _differences("model", self.config[command].model.as_dict(), stored):
+                rank_zero_warn(f"{setting} is {_shown(now)}, as given; the checkpoint stored {_shown(was)}.")
 
     def _parse_ckpt_path(self) -> None:
-        """Takes the model's arguments from a checkpoint, but for those given on the command line or in a file."""
-        command = self.config.subcommand
-        config = self.config[command]
-        path = config.get("ckpt_path")
-        if command == GENERATE or not path or path in LIGHTNING_CHECKPOINTS:
-            return
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        stored = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
-        as_stored = self.parser.parse_object({command: {"model": stored}}, self.config)[command].model
-        given = {key: _value(config.model, key) for key in _given_model_keys(self._args, config.get("config") or [])}
-        for key, value in given.items():
-            for setting, now, was in _differences(key, value, _value(as_stored, key)):
-                rank_zero_warn(f"model.{setting} is {now!r}, as given; the checkpoint stored {was!r}.")
-        self.config = self.parser.parse_object({command: {"model": override(stored, given)}}, self.config)
+        """Nothing: the checkpoint has been read before the arguments were."""
 
     def _set_seed(self) -> None:
         if self.subcommand != GENERATE:
@@ -237,48 +243,36 @@ def quiet_libraries() -> None:
     )
 
 
-def afresh(args: list[str]) -> list[str]:
-    """Takes away an objective, or a part of it, before another one is chosen.
+@contextmanager
+def _new_classes_start_afresh() -> Iterator[None]:
+    """Within it an objective, or another class of ours, that takes another one's place starts from its own defaults.
 
-    A parser would carry parameters of the same name over: the β of one objective, from a file, to another. It can take
-    away no part of a part of a part.
-
-    Args:
-        args: Arguments, as in ``["--config", FILE, "--model.objective", "IPO"]``.
+    jsonargparse would carry over what has the same name: the β of one objective, from a file, to another. For classes
+    of libraries that stays: another optimizer keeps the learning rate.
     """
-    found: list[str] = []
-    outermost = "outermost"
-    for arg in args:
-        key = re.match(r"--model\.objective(\.objective|\.divergence)?(?==|$)", arg)
-        if key and not key[0].startswith(f"{outermost}."):
-            outermost = key[0]
-            found.append(f"{outermost}=null")
-        found.append(arg)
-    return found
+    carry_over = _typehints.discard_init_args_on_class_path_change
+
+    def discard(parser: Any, before: Any, now: Any) -> None:
+        other = before and "init_args" in before and _class_name(before) != _class_name(now)
+        if other and any(str(config["class_path"]).startswith("lit_dpo.") for config in (before, now)):
+            before.pop("init_args")
+        carry_over(parser, before, now)  # type: ignore[no-untyped-call]
+
+    with patch.object(_typehints, "discard_init_args_on_class_path_change", discard):
+        yield
 
 
-def override(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Puts given values in the place of stored ones.
-
-    Args:
-        stored: Hyper-parameters, nested.
-        given: Values by dotted key, ``init_args`` left out: ``objective.beta``.
-
-    Returns:
-        The hyper-parameters, without those that are given whole.
-    """
-    result = copy.deepcopy(stored)
-    for key, value in given.items():
-        *path, name = key.split(".")
-        node = result
-        for step in path:
-            node = node[step] if isinstance(node.get(step), dict) else {}
-            node = node.get("init_args", node)
-        if path:
-            node[name] = value
-        else:
-            node.pop(name, None)
-    return result
+def _given_checkpoint(args: list[str]) -> str | None:
+    """The checkpoint's file that arguments or configuration files name; None for names that the Trainer resolves."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--config", "-c", action="append", default=[])
+    given, _ = parser.parse_known_args(args)
+    for file in given.config:
+        if given.ckpt_path is None and Path(file).is_file():
+            config = yaml.safe_load(Path(file).read_text())
+            given.ckpt_path = config.get("ckpt_path") if isinstance(config, dict) else None
+    return None if given.ckpt_path in LIGHTNING_CHECKPOINTS else given.ckpt_path
 
 
 def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -307,36 +301,12 @@ def _comparable(value: Any) -> Any:
     return value
 
 
-def _value(config: Any, key: str) -> Any:
-    """The value under a dotted key that leaves ``init_args`` out, as plain values; None where there is none."""
-    for name in key.split("."):
-        if isinstance(config, Namespace):
-            config = config.as_dict()
-        if not isinstance(config, dict):
-            return None
-        config = config.get(name, config.get("init_args", {}).get(name) if name not in config else None)
-    return config.as_dict() if isinstance(config, Namespace) else config
-
-
-def _given_model_keys(args: list[str], files: list[Any]) -> list[str]:
-    """Dotted keys, without ``model.`` and ``init_args``, that arguments and configuration files set.
-
-    A class that is given anew brings all its arguments, so that its key stands for them.
-    """
-    keys = [arg.removeprefix("--model.").split("=")[0].rstrip("+") for arg in args if arg.startswith("--model.")]
-    for file in files:
-        keys += _leaves(yaml.safe_load(Path(str(file)).read_text()).get("model") or {})
-    keys = [key.replace(".init_args", "").removesuffix(".class_path") for key in dict.fromkeys(keys)]
-    return [key for key in keys if not any(key.startswith(f"{whole}.") for whole in keys)]
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of a nested mapping."""
-    keys = []
-    for key, value in config.items():
-        nested = isinstance(value, dict) and value
-        keys += _leaves(value, f"{prefix}{key}.") if nested else [prefix + key]
-    return keys
+def _shown(value: Any) -> str:
+    """A setting in few words."""
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{name}={_shown(item)}" for name, item in value.get("init_args", {}).items())
+        return f"{_class_name(value)}({arguments})"
+    return repr(value)
 
 
 def _in_a_line(message: str) -> str:
@@ -345,18 +315,36 @@ def _in_a_line(message: str) -> str:
     if not found:
         return " ".join(message.split()) if message.count("\n") <= 2 else message
     key, types, value = found.groups()
-    types = re.sub(r"typing\.Literal\[(.*?)\]|<class '(?:\w+\.)*(\w+)'>", r"\1\2", types)
-    return f'Parser key "{key}": expected one of {types}, not {value}'
+    types = re.sub(r"typing\.Literal\[(.*?)\]|<class '(?:\w+\.)*(\w+)'>", r"\1\2", types).replace("NoneType", "null")
+    types = re.sub(r"\b(Objective|Divergence)\b", lambda kind: ", ".join(_names(kind[0])), types)
+    problem = re.search(r"Problem with given class_path .*\n\s*([^\n]*)", message)
+    reason = f": {problem[1]}" if problem else ""
+    return f'Parser key "{key}": expected one of {types}, not {value}{reason}'
+
+
+def _names(kind: str) -> list[str]:
+    """The classes of ours of a kind, those that can be chosen by their name alone."""
+    classes = {name: getattr(objectives, name) for name in objectives.__all__}
+    return [
+        name
+        for name, found in classes.items()
+        if issubclass(found, classes[kind]) and not inspect.isabstract(found) and name != kind
+    ]
 
 
 def _with_suggestion(message: str, parser: Any) -> str:
-    """Adds the nearest known key to an error about an unknown one."""
+    """Adds the nearest known key, or name of a class, to an error about an unknown one."""
     known = {key.removeprefix("--") for action in parser._actions for key in action.option_strings if key[:2] == "--"}
     known |= set(getattr(getattr(parser, "_subcommands_action", None), "choices", None) or ())
-    for candidate in re.findall(r"[\w.]+", message):
+    unknown = message
+    if "expected one of" in message:
+        known, unknown = set(_names("Objective") + _names("Divergence")), message.rpartition(", not ")[2]
+    for candidate in re.findall(r"[\w.]+", unknown):
         close = difflib.get_close_matches(candidate, known - {candidate}, n=1, cutoff=0.75)
         if close and candidate not in known and len(candidate) > 3:
             return f"{message.rstrip('.')}. Did you mean {close[0]}?"
+    if re.search(r"Option '\w+' is not accepted", message):
+        return f"{message} by the class that is chosen: --help, and --model.objective.help NAME, tell what is."
     return message
 
 
@@ -370,13 +358,23 @@ def main(args: list[str] | None = None) -> None:
     try:
         DPOCLI(args, **OPTIONS)
     except (ValueError, OSError, MisconfigurationException) as error:
-        if args is not None or not _is_the_users(error):
+        message = str(error) if _is_the_users(error) else _own_words(str(error))
+        if args is not None or not message:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)
+
+
+def _own_words(message: str) -> str:
+    """What a class of ours said when it was built, out of the parser's account of all the types that it tried."""
+    said = re.search(r"Errors:\n(.*)\nGiven value type", message, re.DOTALL)
+    items = re.split(r"^ *- ", said[1], flags=re.MULTILINE) if said else []
+    theirs = ("Expected", "Does not validate", "Import path", "Problem with", "Not of type")
+    words = [" ".join(item.split()) for item in items if item.strip() and not item.startswith(theirs)]
+    return words[-1] if words else ""
 
 
 def _is_the_users(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lit_dpo.cli import main
+from lit_dpo.module import DPOModule
 from tests.conftest import REPOSITORY
 from tests.objectives.test_properties import NAMES
 from tests.tiny import made_up_rows, write_jsonl
@@ -366,18 +367,117 @@ def test_every_objective_through_the_front_door(tiny: list[str], tiny_base: str,
         main(["validate", "--ckpt_path", checkpoint, *arguments])  # the objective comes from the checkpoint
 
 
-def test_an_objective_chosen_on_the_command_line_brings_its_own_parameters(
-    capsys: pytest.CaptureFixture[str],
+NORM = {"beta": 5.0, "label_smoothing": 0.0, "divergence": None}
+WRAPPED = {"class_path": "WPO", "init_args": {"objective": {"class_path": "Sigmoid", "init_args": {"beta": 0.7}}}}
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "expected"),
+    [
+        ([], ["--model.objective", "SigmoidNorm"], NORM),
+        ([], ["--model.objective.class_path", "SigmoidNorm"], NORM),
+        ([], ["--model.objective=IPO", "--model.objective.tau=0.3"], {"tau": 0.3, "divergence": None}),
+        ([], ["--model.objective.beta", "0.3"], {"beta": 0.3, "label_smoothing": 0.0, "divergence": None}),
+        (["SigmoidNorm"], [], NORM),
+        ([{"class_path": "SigmoidNorm"}], [], NORM),
+        ([{"class_path": "SigmoidNorm", "init_args": {"label_smoothing": 0.1}}], [], {**NORM, "label_smoothing": 0.1}),
+        ([{"class_path": "Sigmoid", "init_args": {"beta": 0.7}}, "SigmoidNorm"], [], NORM),
+        ([{"class_path": "Sigmoid", "init_args": {"beta": 0.7}}], ["--model.objective.class_path=SigmoidNorm"], NORM),
+        ([WRAPPED], ["--model.objective.objective", "SigmoidNorm"], {"objective": NORM}),
+        (
+            [{"class_path": "LDDPO", "init_args": {"objective": WRAPPED["init_args"]["objective"]}}, "SimPO"],
+            [],
+            {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0},
+        ),
+    ],
+)
+def test_an_objective_that_takes_anothers_place_brings_its_own_parameters(
+    capsys: pytest.CaptureFixture[str], files: list[Any], arguments: list[str], expected: dict[str, Any]
 ) -> None:
-    """The file's β of 0.1 is DPO's; SigmoidNorm's own is 5."""
-    for arguments, expected in (
-        (["--model.objective", "SigmoidNorm"], {"beta": 5.0, "label_smoothing": 0.0, "divergence": None}),
-        (["--model.objective=IPO", "--model.objective.tau=0.3"], {"tau": 0.3, "divergence": None}),
-        (["--model.objective.label_smoothing", "0.2"], {"beta": 0.1, "label_smoothing": 0.2, "divergence": None}),
-    ):
-        with pytest.raises(SystemExit):
-            main(["fit", "--config", QUICKSTART, *arguments, "--print_config"])
-        assert yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"] == expected
+    """A β of 0.1, or 0.7, is DPO's; SigmoidNorm's own is 5."""
+    configs = []
+    for index, objective in enumerate(files):
+        Path(f"{index}.yaml").write_text(yaml.safe_dump({"model": {"base": "x", "objective": objective}}))
+        configs += ["--config", f"{index}.yaml"]
+    with pytest.raises(SystemExit):
+        main(["fit", *(configs or ["--config", QUICKSTART]), *arguments, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"]
+    found = {name: value.get("init_args") if isinstance(value, dict) else value for name, value in found.items()}
+    assert found == expected
+
+
+def test_a_reference_that_takes_anothers_place_does_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    another = {"class_path": "AnotherModel", "init_args": {"base": "y", "cached": True}}
+    Path("x.yaml").write_text(yaml.safe_dump({"model": {"base": "x", "reference": another}}))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "x.yaml", "--model.reference", "MovingReference", "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["reference"]["init_args"]
+    assert found == {"alpha": 0.6, "tau": 1, "cached": False}
+
+
+def test_another_optimizer_keeps_the_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", QUICKSTART, "--model.optimizer", "torch.optim.SGD", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]["init_args"]["lr"] == 4e-4
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "expected"),
+    [
+        ("SimPO --model.objective.beta 5.0", "gamma 0.9", "SimPO(beta=5.0, gamma=0.9, label_smoothing=0.0)"),
+        ("RPO", "alpha 2", "RPO(\n  beta=0.1, alpha=2.0"),
+        ("Mixture", "weights [2,3,1]", "Mixture(\n  weights=[2.0, 3.0, 1.0]"),
+        ("WPO --model.objective.objective LDDPO", "objective.alpha 0.9", "alpha=0.9"),
+        ("IPO --model.objective.tau 0.3", "divergence JensenShannon", "IPO(tau=0.3, divergence=JensenShannon())"),
+    ],
+)
+def test_the_command_line_goes_over_what_the_checkpoint_stored(
+    tiny: list[str], objective: str, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*tiny, "--trainer.max_steps", "1", "--samples.num_prompts", "0"]
+    main(["fit", *few, "--model.objective", *objective.split()])
+    seen = []
+    configured = DPOModule.configure_model
+    monkeypatch.setattr(
+        DPOModule, "configure_model", lambda self: seen.append(repr(self.objective)) or configured(self)
+    )
+    name, value = given.split()
+    checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
+    with pytest.warns(UserWarning, match=rf"model\.objective\.{name} is .*, as given; the checkpoint stored"):
+        main(["validate", *few, *checkpoint, f"--model.objective.{name}", value])
+    assert expected in seen[0]
+
+
+def test_a_configuration_file_may_name_the_checkpoint(tiny: list[str]) -> None:
+    main(["fit", *tiny, "--model.objective", "SimPO", "--trainer.max_steps", "1"])
+    Path("v.yaml").write_text("ckpt_path: runs/dpo/version_0/checkpoints/last.ckpt\n")
+    main(["validate", "--config", "v.yaml", *tiny])
+    values = metrics(Path("runs/v/version_0"))[-1]
+    assert values["val/loss"] != pytest.approx(math.log(2), abs=1e-3), "SimPO's, not the default's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.objective.beta -1", "error: objective.beta must be positive and finite, not -1.0."),
+        ("--model.objective WPO --model.objective.objective AOT", "error: WPO cannot hold AOT"),
+        ("--model.objective Mixture --model.objective.weights [1.0]", "error: objective.weights has 1 numbers for 3"),
+        ("--model.reference MovingReference --model.reference.cached true", "error: model.reference.cached: a moving"),
+        ("--model.objective Sigmoidd", "Did you mean Sigmoid?"),
+        ("--model.objective DPO", "expected one of AOT, CPO, IPO"),
+        ("--model.objective mine.Squared", "not mine.Squared: No module named 'mine'"),
+        ("--model.objective.divergence JensenShanon", "Did you mean JensenShannon?"),
+        ("--model.objective IPO --model.objective.beta 0.2", "'beta' is not accepted by the class that is chosen"),
+    ],
+)
+def test_what_an_objective_refuses_is_told_in_a_line(
+    tiny: list[str], arguments: str, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit_dpo", "fit", *tiny, *arguments.split()])
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("Seed set")]
+    assert message in line
 
 
 def test_part_of_a_stored_objective_can_be_given_anew(tiny: list[str]) -> None:

@@ -135,7 +135,7 @@ def test_another_checkpoint_is_told_apart(pairs_file: str, tmp_path: Path) -> No
         read_nonfinite_step(tmp_path / "x.ckpt")
 
 
-def test_a_skipped_step_leaves_bcos_shift_alone(pairs_file: str) -> None:
+def test_a_skipped_step_leaves_bcos_shift_alone(pairs_file: str, tmp_path: Path) -> None:
     length, first, _ = broken_length(pairs_file, 0)
     shifts = []
 
@@ -146,7 +146,7 @@ def test_a_skipped_step_leaves_bcos_shift_alone(pairs_file: str) -> None:
     objective = Mixture([BCOPair(), Breaks(0.1, length)], [1.0, 1.0])
     model = module_of(pairs_file, objective=objective, on_nonfinite="skip")
     with pytest.warns(UserWarning, match="is skipped"):
-        fit(model, data(pairs_file, batch_size=2), callbacks=[Note()])
+        fit(model, data(pairs_file, batch_size=2), callbacks=[Note()], default_root_dir=tmp_path)
     assert first == 0
     assert shifts[0] == [0.0, 0.0]
     assert shifts[-1][1] > 0
