@@ -71,7 +71,16 @@ class FiniteSteps(Callback):
 
     def __init__(self, on_nonfinite: OnNonfinite) -> None:
         self.on_nonfinite = on_nonfinite
-        self._in_a_row = 0
+        self._in_a_row = self._skipped = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Counts anew."""
+        self._in_a_row = self._skipped = 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Says at the end too that there were steps that were skipped."""
+        if self._skipped:
+            rank_zero_warn(f"{self._skipped} steps were skipped, for their loss or gradient was not finite.")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Looks at all losses of the step, and at its gradient before clipping.
@@ -93,7 +102,7 @@ class FiniteSteps(Callback):
         path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
         batches = of_all_ranks(trainer, plain_pairs(pl_module.observations))
         pl_module.nonfinite_pairs = [batch for rank in batches for batch in rank]
-        trainer.save_checkpoint(path, weights_only=True)
+        trainer.save_checkpoint(path, weights_only=False)  # with optimizer and place in the data, to go on from
         pl_module.nonfinite_pairs = None
         here = [pair for observation in pl_module.observations for pair in observation.pairs()]
         pairs = [pair for rank in of_all_ranks(trainer, here) for pair in rank]
@@ -105,6 +114,7 @@ class FiniteSteps(Callback):
         if self._in_a_row == MOST_IN_A_ROW:
             raise NonFiniteLossError(f"{message} So were the {MOST_IN_A_ROW - 1} steps before: the policy is broken.")
         rank_zero_warn(f"{message} The step is skipped.")
+        self._skipped += 1
         optimizer.zero_grad()  # an optimizer leaves alone what has no gradient
 
 
@@ -116,7 +126,10 @@ def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
 
 def name_pairs(pairs: Sequence[PairNumbers], most: int = 5) -> str:
     """Source and row of some pairs, for messages."""
-    named = ", ".join(f"{pair.source} row {pair.row}" for pair in pairs[:most])
+    rows: dict[str, list[str]] = {}
+    for pair in pairs[:most]:
+        rows.setdefault(pair.source, []).append(str(pair.row))
+    named = "; ".join(f"{source} row{'s'[: len(found) > 1]} {', '.join(found)}" for source, found in rows.items())
     return named + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
 
 

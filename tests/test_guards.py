@@ -1,5 +1,6 @@
 """Nothing is trained on a loss that is not finite, and a policy that leaves its reference behind is noticed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.test_module import adapters, data, fit, module, sgd
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches",
     "ignore:The '.*dataloader' does not have many workers",
+    "ignore:.* steps were skipped",
 )
 
 
@@ -88,8 +90,10 @@ def test_the_run_stops_before_the_step_and_leaves_what_reproduces_it(
     path = tmp_path / f"nonfinite-step{first + 1}.ckpt"
     for part in (f"Step {first + 1}:", str(path), "is not finite", "model.on_nonfinite=skip"):
         assert part in str(error.value)
-    for source, row in origins:
-        assert f"{source} row {row}" in str(error.value)
+    source, _ = origins[0]
+    assert re.findall(r"\d+", str(error.value).split(f"{source} row")[1].split(" is not")[0]) == (
+        [str(row) for _, row in (read_nonfinite_step(path)[0].origins if gradient else origins)]
+    )
     assert ("the gradient (norm nan)" in str(error.value)) == gradient
     assert same(adapters(model), watch.adapters[-1]), "nothing was trained on it"
 
@@ -107,7 +111,10 @@ def test_the_step_is_skipped_where_asked(pairs_file: str, tmp_path: Path) -> Non
     length, _, _ = broken_length(pairs_file, 3)
     watch = Watch()
     model = module_of(pairs_file, objective=Breaks(0.1, length), on_nonfinite="skip", optimizer=torch.optim.AdamW)
-    with pytest.warns(UserWarning, match=r"Step \d: the loss of .* The step is skipped"):
+    with (
+        pytest.warns(UserWarning, match=r"Step \d: the loss of .* The step is skipped"),
+        pytest.warns(UserWarning, match=r"\d steps were skipped, for their loss or gradient was not finite"),
+    ):
         fit(model, data(pairs_file, batch_size=2), callbacks=[watch], default_root_dir=tmp_path)
     moved = [not same(*pair) for pair in zip(watch.adapters[:-1], watch.adapters[1:], strict=True)]
     held = [length in [segment.responses[0] for segment in batch.segments] for batch in watch.batches]
@@ -275,3 +282,21 @@ def test_a_grad_scaler_may_skip_steps_but_not_for_ever(pairs_file: str, tmp_path
     with pytest.raises(NonFiniteLossError, match="Step 4: the gradient"):  # the scale was 4, 2, 1, and is a half
         fit(model, data(pairs_file, batch_size=2), plugins=[precision], default_root_dir=tmp_path, limit_val_batches=0)
     assert model.objective.seen.tolist() == [0.0, 0.0], "of steps that were not taken nothing is kept"
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming", "ignore:.*is skipped")
+def test_a_run_that_stopped_goes_on_from_the_file_it_left(pairs_file: str, tmp_path: Path) -> None:
+    length, _, _ = broken_length(pairs_file, 3)
+
+    def run(folder: str, on_nonfinite: Any, ckpt: Path | None = None) -> DPOModule:
+        model = module_of(pairs_file, objective=Breaks(0.1, length), on_nonfinite=on_nonfinite)
+        options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+        trainer = Trainer(**options, default_root_dir=tmp_path / folder, enable_progress_bar=False)
+        trainer.fit(model, data(pairs_file, batch_size=2), ckpt_path=ckpt, weights_only=True)
+        return model
+
+    whole = run("whole", "skip")
+    with pytest.raises(NonFiniteLossError):
+        run("stopped", "stop")
+    (path,) = (tmp_path / "stopped").glob("nonfinite*")
+    assert same(adapters(run("resumed", "skip", path)), adapters(whole))
