@@ -192,8 +192,8 @@ class DPOModule(LightningModule):
             ValueError: If it has less, or more than the objective would use.
         """
         data = getattr(self.trainer, "datamodule", None)
-        name, most = type(self.objective).__name__, getattr(data, "max_responses", 2)
-        if most > 2 and not self.objective.ranks_lists:
+        name, most = type(self.objective).__name__, getattr(data, "max_responses", None)
+        if most is not None and most > 2 and not self.objective.ranks_lists:
             raise ValueError(
                 f"data.max_responses={most}: {name} compares two responses, and the others would be computed in vain. "
                 "Use PlackettLuce, or leave it at 2."
