@@ -163,7 +163,7 @@ def run_lit_dpo(task: Task) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with tempfile.TemporaryDirectory() as cache, patch("lit_dpo.module.cache_dir", lambda: Path(cache)):
+    with tempfile.TemporaryDirectory() as cache, patch("lit_dpo.policy.reference_cache.cache_dir", lambda: Path(cache)):
         trainer.fit(module, data)
     pairs, _ = task.tokenized(rows)
     timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]
