@@ -268,7 +268,7 @@ def _given_checkpoint(args: list[str]) -> str | None:
     parser.add_argument("--ckpt_path")
     parser.add_argument("--config", "-c", action="append", default=[])
     given, _ = parser.parse_known_args(args)
-    for file in given.config:
+    for file in reversed(given.config):
         if given.ckpt_path is None and Path(file).is_file():
             config = yaml.safe_load(Path(file).read_text())
             given.ckpt_path = config.get("ckpt_path") if isinstance(config, dict) else None
