@@ -47,6 +47,7 @@ def fit(data: str, endpoint: str, folder: Path) -> subprocess.CompletedProcess[s
         *("--model.base", MODEL, "--model.quantization", "null", "--data.source", data, "--data.batch_size", "2"),
         *("--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "2"),
         *("--samples.num_prompts", "1", "--samples.max_new_tokens", "4"),
+        *("--model.reference", "AnotherModel", "--model.reference.base", MODEL),  # in 4 bits, its default
     ]
     # Nothing of the user's own settings: no token, no offline mode, no cache, no proxy.
     settings = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
