@@ -6,6 +6,7 @@ that leave adapter, checkpoints, samples and a summary behind, and errors of one
 
 import argparse
 import difflib
+import importlib
 import inspect
 import logging
 import re
@@ -42,10 +43,11 @@ from lit_dpo.commands.generate import generate
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.loading import LORA, precision_for
+from lit_dpo.policy.reference import AnotherModel, MovingReference
 from lit_dpo.run_dir import run_dir
 
 GENERATE = "generate"
-LIGHTNING_CHECKPOINTS = ("best", "last", "hpc", "registry")  # names that the Trainer resolves itself
+LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves itself
 
 
 class Parser(LightningArgumentParser):
@@ -143,18 +145,30 @@ class DPOCLI(LightningCLI):
 
         Raises:
             FileNotFoundError: If the checkpoint is not there.
+            ValueError: If it is not plain which one is meant.
         """
-        command, path = next((name for name in DESCRIPTIONS if name in self._args), None), _given_checkpoint(self._args)
+        command = next((arg for arg in self._args if arg in DESCRIPTIONS), GENERATE)
+        path = None if command == GENERATE else _given_checkpoint(self._args, command)
         stored: dict[str, Any] = {}
-        if path is not None and command not in (None, GENERATE):
+        if path is not None:
+            if path in ("last", "best"):
+                raise ValueError(
+                    f"--ckpt_path {path}: each run has a folder of its own. Give the file, as in "
+                    "runs/NAME/version_0/checkpoints/last.ckpt."
+                )
             if not Path(path).is_file():
                 raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
             checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             plain = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
             stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
-            self._subcommand_parsers[str(command)].set_defaults({f"model.{key}": stored[key] for key in plain})
+            self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
         with _new_classes_start_afresh():
             self.config = parser.parse_args(self._args)
+        final = self.config[command].get("ckpt_path") if command != GENERATE else None
+        if (final or None) != path and final not in LIGHTNING_CHECKPOINTS:
+            raise ValueError(
+                f"ckpt_path is {path} at first and {final} in the end: give it after the files of --config."
+            )
         if stored:
             for setting, now, was in _differences("model", self.config[command].model.as_dict(), stored):
                 rank_zero_warn(f"{setting} is {_shown(now)}, as given; the checkpoint stored {_shown(was)}.")
@@ -253,8 +267,8 @@ def _new_classes_start_afresh() -> Iterator[None]:
     carry_over = _typehints.discard_init_args_on_class_path_change
 
     def discard(parser: Any, before: Any, now: Any) -> None:
-        other = before and "init_args" in before and _class_name(before) != _class_name(now)
-        if other and any(str(config["class_path"]).startswith("lit_dpo.") for config in (before, now)):
+        classes = [_class(config["class_path"]) for config in (before, now) if config]
+        if "init_args" in (before or ()) and classes[0] != classes[1] and _is_ours(classes[1]):
             before.pop("init_args")
         carry_over(parser, before, now)  # type: ignore[no-untyped-call]
 
@@ -262,23 +276,25 @@ def _new_classes_start_afresh() -> Iterator[None]:
         yield
 
 
-def _given_checkpoint(args: list[str]) -> str | None:
+def _given_checkpoint(args: list[str], command: str) -> str | None:
     """The checkpoint's file that arguments or configuration files name; None for names that the Trainer resolves."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     parser.add_argument("--config", "-c", action="append", default=[])
     given, _ = parser.parse_known_args(args)
-    for file in reversed(given.config):
-        if given.ckpt_path is None and Path(file).is_file():
-            config = yaml.safe_load(Path(file).read_text())
-            given.ckpt_path = config.get("ckpt_path") if isinstance(config, dict) else None
-    return None if given.ckpt_path in LIGHTNING_CHECKPOINTS else given.ckpt_path
+    found = [given.ckpt_path] if given.ckpt_path is not None else []
+    for file in given.config if not found else ():
+        config = yaml.safe_load(Path(file).read_text()) if Path(file).is_file() else None
+        parts = [config, config.get(command)] if isinstance(config, dict) else []
+        found += [part["ckpt_path"] for part in parts if isinstance(part, dict) and "ckpt_path" in part]
+    path: str | None = found[-1] if found else None
+    return None if path in (*LIGHTNING_CHECKPOINTS, "null") else path
 
 
 def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]:
     """The settings under a key that are not the same in two configurations; of another class, all as one."""
-    same_class = isinstance(now, dict) and isinstance(was, dict) and _class_name(now) == _class_name(was)
-    if same_class:
+    both = isinstance(now, dict) and isinstance(was, dict)
+    if both and _class(now.get("class_path")) == _class(was.get("class_path")):
         now, was = now.get("init_args", now), was.get("init_args", was)
         for name in now:
             yield from _differences(f"{key}.{name}", now[name], was.get(name))
@@ -286,15 +302,28 @@ def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]
         yield key, now, was
 
 
-def _class_name(config: dict[str, Any]) -> str:
-    """The name of a class without its modules; nothing where there is none."""
-    return str(config.get("class_path", "")).rpartition(".")[2]
+def _class(path: Any) -> Any:
+    """The class of a path, whichever of its modules that names; the path itself where there is no such class."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return path
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether a class is a kind of what this project defines."""
+    kinds = (objectives.Objective, objectives.Divergence, AnotherModel, MovingReference)
+    return isinstance(found, type) and issubclass(found, kinds)
 
 
 def _comparable(value: Any) -> Any:
     """A value whose equality means the same setting, however a class is named and modules are ordered."""
     if isinstance(value, dict):
-        return {**{name: _comparable(item) for name, item in value.items()}, "class_path": _class_name(value)}
+        return {
+            **{name: _comparable(item) for name, item in value.items()},
+            "class_path": _class(value.get("class_path")),
+        }
     if isinstance(value, list | tuple | set):
         names = all(isinstance(item, str) for item in value)
         return sorted(value) if names else [_comparable(item) for item in value]
@@ -305,7 +334,7 @@ def _shown(value: Any) -> str:
     """A setting in few words."""
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{name}={_shown(item)}" for name, item in value.get("init_args", {}).items())
-        return f"{_class_name(value)}({arguments})"
+        return f"{value['class_path'].rpartition('.')[2]}({arguments})"
     return repr(value)
 
 

@@ -133,6 +133,7 @@ class DPOModule(LightningModule):
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.strict_loading = False  # a checkpoint holds what trains; load_state_dict checks the keys
         self._random_states: list[Any] | None = None
+        self._stored_optimizer: str | None = None
         self.save_hyperparameters(plain_hyperparameters(self, quantization))
 
     # --- the algorithm ---------------------------------------------------------------------------------------------
@@ -360,6 +361,7 @@ class DPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the state of the random generators for ``on_train_start``."""
         self._random_states = checkpoint.get("random_states")
+        self._stored_optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", {}).get("class_path")
         if self._trainer is None:  # Lightning then moves the module to where the checkpoint's tensors are
             device = self.model.device
             checkpoint["state_dict"] = {name: value.to(device) for name, value in checkpoint["state_dict"].items()}
@@ -370,16 +372,18 @@ class DPOModule(LightningModule):
         Raises:
             ValueError: If the weights are not those of these very adapters, whatever ``strict``.
         """
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         found, expected = set(state_dict), self._kept_names()
+        fitting = {name for name in found & expected if state_dict[name].shape == own[name].shape}
         running = {
             name for name in found | expected if name.startswith("objective.") or of_adapter(name, MOVING_ADAPTER)
         }
-        differing = found ^ expected
+        differing = (found | expected) - fitting
         if differing - running:
             raise ValueError(
-                f"The checkpoint holds {len(found - running)} weights; {len((found & expected) - running)} of them fit "
-                f"the {len(expected - running)} of this model ({sorted(differing - running)[0]} is on one side only). "
-                "Was its model.lora another?"
+                f"The checkpoint holds {len(found - running)} weights; {len(fitting - running)} of them fit the "
+                f"{len(expected - running)} of this model ({sorted(differing - running)[0]} does not). Was its "
+                "model.lora another?"
             )
         if differing:
             rank_zero_warn(
@@ -387,7 +391,7 @@ class DPOModule(LightningModule):
                 "else it kept of them is left out, and starts anew here."
             )
         super().load_state_dict(
-            {name: value for name, value in state_dict.items() if name in expected}, strict=False, assign=assign
+            {name: value for name, value in state_dict.items() if name in fitting}, strict=False, assign=assign
         )
         return _IncompatibleKeys([], [])
 
@@ -403,6 +407,10 @@ class DPOModule(LightningModule):
             restore_random_state(self._random_states[self.global_rank])
         self._random_states = None
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            own = plain_optimizer(optimizer)["class_path"]
+            if own != self._stored_optimizer:
+                rank_zero_warn(f"The checkpoint's optimizer was {self._stored_optimizer}: {own} starts afresh.")
+                optimizer.state.clear()
             apply_settings(optimizer, config.scheduler)
 
     def _kept_names(self) -> set[str]:

@@ -102,7 +102,8 @@ class FiniteSteps(Callback):
         path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
         batches = of_all_ranks(trainer, plain_pairs(pl_module.observations))
         pl_module.nonfinite_pairs = [batch for rank in batches for batch in rank]
-        trainer.save_checkpoint(path, weights_only=False)  # with optimizer and place in the data, to go on from
+        if not getattr(trainer, "fast_dev_run", False):  # which leaves nothing behind
+            trainer.save_checkpoint(path, weights_only=False)  # with optimizer and place in the data, to go on from
         pl_module.nonfinite_pairs = None
         here = [pair for observation in pl_module.observations for pair in observation.pairs()]
         pairs = [pair for rank in of_all_ranks(trainer, here) for pair in rank]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,73 @@ def test_the_command_line_goes_over_what_the_checkpoint_stored(
     with pytest.warns(UserWarning, match=rf"model\.objective\.{name} is .*, as given; the checkpoint stored"):
         main(["validate", *few, *checkpoint, f"--model.objective.{name}", value])
     assert expected in seen[0]
+
+
+@pytest.fixture
+def checkpoint(tiny: list[str]) -> str:
+    """The checkpoint of a run of one step."""
+    main(["fit", *tiny, "--trainer.max_steps", "1", "--samples.num_prompts", "0", "--model.objective.beta", "0.5"])
+    return "runs/dpo/version_0/checkpoints/last.ckpt"
+
+
+def test_which_checkpoint_is_meant_is_never_guessed(tiny: list[str], checkpoint: str) -> None:
+    saved = "runs/dpo/version_0/config.yaml"
+    with pytest.raises(ValueError, match="ckpt_path is .* at first and None in the end: give it after the files"):
+        main(["fit", "--ckpt_path", checkpoint, "--config", saved])
+    for name in ("last", "best"):
+        with pytest.raises(ValueError, match=f"--ckpt_path {name}: each run has a folder of its own"):
+            main(["validate", *tiny, "--ckpt_path", name])
+    main(["validate", *tiny, "--ckpt_path", "null"])
+    main(["predict", *tiny, "--ckpt_path", checkpoint, "--run_name", "test"])
+    Path("both.yaml").write_text(f"validate:\n  ckpt_path: {checkpoint}\n")
+    main(["--config", "both.yaml", "validate", *tiny])
+
+
+def test_adapters_of_another_rank_are_refused_in_words(tiny: list[str], checkpoint: str) -> None:
+    with (
+        pytest.warns(UserWarning, match=r"model\.lora\.r is 4, as given; the checkpoint stored 16"),
+        pytest.raises(ValueError, match=r"0 of them fit the 28 of this model \(.* does not\)\. Was its model\.lora"),
+    ):
+        main(["validate", *tiny, "--ckpt_path", checkpoint, "--model.lora.r", "4"])
+
+
+def test_another_optimizer_starts_afresh(tiny: list[str], checkpoint: str) -> None:
+    other = ["--model.optimizer", "torch.optim.Adagrad", "--trainer.max_epochs", "2"]
+    with (
+        pytest.warns(UserWarning, match=r"optimizer was torch\.optim\.adamw\.AdamW: .*Adagrad starts afresh"),
+        pytest.warns(UserWarning, match=r"model\.optimizer is Adagrad\(.*, as given; .* stored AdamW"),
+    ):
+        main(["fit", *tiny, "--ckpt_path", checkpoint, *other])
+
+
+def test_a_class_of_ones_own_is_told_from_ours_of_the_same_name(
+    tiny: list[str], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from lit_dpo import objectives\n"
+    for name, beta in (("Sigmoid", 2.0), ("Cubed", 0.9)):
+        text += (
+            f"class {name}(objectives.Sigmoid):\n def __init__(self, beta: float = {beta}): super().__init__(beta)\n"
+        )
+    Path("mine.py").write_text(text)
+    monkeypatch.syspath_prepend(".")
+    for before, name, beta in ((["--ckpt_path", checkpoint], "Sigmoid", 2.0), ([], "Cubed", 0.9)):
+        first = [] if before else ["--model.objective", "mine.Sigmoid", "--model.objective.beta", "0.7"]
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            configured = DPOModule.configure_model
+            note = lambda self, c=configured, s=seen: s.append(self.objective) or c(self)  # noqa: E731
+            patch.setattr(DPOModule, "configure_model", note)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                main(["validate", *tiny, *before, *first, "--model.objective", f"mine.{name}"])
+        assert (type(seen[0]).__name__, seen[0].beta) == (name, beta)
+        assert any("model.objective is Sigmoid(beta=2.0)" in str(w.message) for w in told) == bool(before)
+
+
+def test_half_a_quantization_is_refused(tiny: list[str]) -> None:
+    arguments = ["--model.quantization", "nf4", "--model.quantization.bnb_4bit_compute_dtype", "float16"]
+    with pytest.raises(ValueError, match="neither load_in_4bit nor load_in_8bit: what is given takes the place of nf4"):
+        main(["fit", *tiny, *arguments])
 
 
 def test_a_configuration_file_may_name_the_checkpoint(tiny: list[str]) -> None:

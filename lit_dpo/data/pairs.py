@@ -102,9 +102,13 @@ def _read_list(row: Mapping[str, Any], max_responses: int) -> PreferencePair | s
     if not isinstance(listed, list):
         raise RowError(f"the responses must be a list, not {type(listed).__name__}")
     answers = [_answer(response) for response in listed]
+    if not listed:
+        return "no two different responses"
     column = row.get("scores")
-    scores = [_number(score) for score in (column or [_score(response) for response in listed])]
-    if "completions" in row and not any(name in entry for entry in listed for name in SCORE_NAMES):
+    if not isinstance(column, list | None):
+        raise RowError(f"the scores must be a list, not {type(column).__name__}")
+    scores = [_number(score) for score in (column or _scores(listed))]
+    if "completions" in row and not any(name in (entry or ()) for entry in listed for name in SCORE_NAMES):
         raise RowError(f"the completions have no score, under none of the names {', '.join(SCORE_NAMES)}")
     if column and any(score is not None and math.isnan(_number(score)) for score in column):
         raise RowError(f"the scores must be numbers, not {column!r:.80}")
@@ -136,6 +140,8 @@ def _answer(response: Any) -> Message:
         (response,) = response
     if isinstance(response, Mapping) and "response" in response:
         response = response["response"]
+    if response is None:
+        response = ""
     if isinstance(response, str):
         return {"role": "assistant", "content": response}
     if isinstance(response, Mapping) and response.get("role") == "assistant":
@@ -143,11 +149,15 @@ def _answer(response: Any) -> Message:
     raise RowError(f"a response must be a text or an assistant's message, not {response!r:.80}")
 
 
-def _score(response: Any) -> Any:
-    """The score that an entry of a list of responses carries."""
-    if not isinstance(response, Mapping):
-        return None
-    return next((response[name] for name in SCORE_NAMES if not math.isnan(_number(response.get(name)))), None)
+def _scores(responses: Sequence[Any]) -> list[Any]:
+    """The scores that the entries of a list of responses carry, all under the one name that most of them have."""
+    entries = [response if isinstance(response, Mapping) else {} for response in responses]
+
+    def number(name: str) -> int:
+        return sum(not math.isnan(_number(entry.get(name))) for entry in entries)
+
+    best = max(SCORE_NAMES, key=number)
+    return [entry.get(best) for entry in entries]
 
 
 def _number(value: Any) -> float:

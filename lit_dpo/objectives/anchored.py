@@ -67,20 +67,20 @@ class BCOPair(LogRatioObjective):
         if shift not in ("running", "none"):
             raise ValueError(f"objective.shift must be 'running' or 'none', not {shift!r}.")
         self.shift = shift
-        if shift == "running":  # sum and number of rewards: of all steps that are done, and of the one that is not
+        if shift == "running":  # sum and number of log-ratios: of all steps that are done, and of the one that is not
             self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
             self.register_buffer("step", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     @property
     def delta(self) -> Tensor | float:
         """The reward that lies between good and bad."""
-        return self.seen[0] / self.seen[1].clamp(min=1) if self.shift == "running" else 0.0
+        return self.beta * self.seen[0] / self.seen[1].clamp(min=1) if self.shift == "running" else 0.0
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """The loss of each pair, (P,)."""
         chosen, rejected, _ = self.rewards(policy, reference)
         if self.shift == "running" and chosen.requires_grad:
-            both = torch.cat([chosen, rejected]).detach().double()
+            both = torch.cat([chosen, rejected]).detach().double() / self.beta
             self.step += torch.stack([both.sum(), both.new_tensor(both.numel())])
         return -logsigmoid(chosen - self.delta) - logsigmoid(self.delta - rejected)
 

@@ -36,8 +36,17 @@ def precision_for(device: torch.device) -> str:
 
 
 def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The quantization that was chosen, with 4-bit matrix products in ``dtype`` unless it says otherwise."""
+    """The quantization that was chosen, with 4-bit matrix products in ``dtype`` unless it says otherwise.
+
+    Raises:
+        ValueError: If it quantizes nothing.
+    """
     quantization = BitsAndBytesConfig(**NF4) if choice == "nf4" else copy.deepcopy(choice)
+    if quantization is not None and not (quantization.load_in_4bit or quantization.load_in_8bit):
+        raise ValueError(
+            "model.quantization has neither load_in_4bit nor load_in_8bit: what is given takes the place of nf4 as a "
+            f"whole. For that with changes add {NF4}."
+        )
     if quantization is not None and quantization.bnb_4bit_compute_dtype == torch.float32:
         quantization.bnb_4bit_compute_dtype = dtype
     return quantization

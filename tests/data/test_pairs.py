@@ -102,6 +102,13 @@ def test_lists_without_scores_are_from_best_to_worst() -> None:
     assert pair == PreferencePair([USER], answer("C"), answer("B"), (answer("A"),))
 
 
+def test_scores_of_two_scales_are_not_mixed() -> None:
+    scored = [("A", 3.5, 9.0), ("B", None, 7.0), ("C", 4.5, 2.0)]
+    completions = [{"response": r, "fine-grained_score": f, "overall_score": o} for r, f, o in scored]
+    pair = read_pair({"instruction": "Why?", "completions": completions}, 3)
+    assert pair == PreferencePair([USER], answer("A"), answer("C"), (answer("B"),), (9.0, 7.0, 2.0))
+
+
 def test_of_equal_scores_one_response_is_kept_and_empty_ones_none() -> None:
     row = {"prompt": "Why?", "responses": ["A", "B", "", "C", "A"], "scores": [3, 3, 5, 1, 2]}
     assert read_pair(row, 4) == PreferencePair([USER], answer("A"), answer("C"), (), (3.0, 1.0))
@@ -120,6 +127,8 @@ def test_of_equal_scores_one_response_is_kept_and_empty_ones_none() -> None:
             "no two responses of different scores",
         ),
         ({"prompt": " ", "responses": ["A", "B"]}, "empty prompt"),
+        ({"instruction": "Why?", "completions": []}, "no two different responses"),
+        ({"prompt": "Why?", "responses": ["A", None]}, "no two different responses"),
     ],
 )
 def test_lists_that_rank_nothing_are_left_out(row: dict[str, Any], reason: str) -> None:
@@ -133,6 +142,7 @@ def test_lists_that_rank_nothing_are_left_out(row: dict[str, Any], reason: str) 
         ({"prompt": "Why?", "responses": "A"}, "must be a list, not str"),
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": [1]}, "1 scores for 2 responses"),
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": ["low", "high"]}, "scores must be numbers"),
+        ({"prompt": "Why?", "responses": ["A", "B"], "scores": 5}, "scores must be a list, not int"),
         ({"prompt": "Why?", "completions": [{"response": "A", "rating": 1}]}, "have no score, under none of the names"),
         ({"prompt": "Why?", "responses": ["A", 7]}, "a text or an assistant's message, not 7"),
     ],
