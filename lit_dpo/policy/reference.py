@@ -211,14 +211,18 @@ class AnotherModel:
             device: Where it will be loaded.
 
         Raises:
-            ValueError: If the vocabularies differ.
+            ValueError: If it is not there, or the vocabularies differ.
         """
         source: dict[str, Any] = {
             "gguf_file": self.gguf_file,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
         }
-        if load_tokenizer(self.base, chat=False, **source).get_vocab() != tokenizer.get_vocab():
+        try:
+            own = load_tokenizer(self.base, chat=False, **source)
+        except (OSError, ValueError) as error:
+            raise ValueError(str(error).replace("model.", "model.reference.", 1)) from error
+        if own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"model.reference.base={self.base} has another vocabulary than the policy: the same token ids would "
                 "mean other words. Use a reference of the same family."
