@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lit_dpo.cli import main
+from lit_dpo.cli import _comparable, main
 from lit_dpo.module import DPOModule
 from tests.conftest import REPOSITORY
 from tests.objectives.test_properties import NAMES
@@ -486,28 +485,30 @@ def test_another_optimizer_starts_afresh(tiny: list[str], checkpoint: str) -> No
         main(["fit", *tiny, "--ckpt_path", checkpoint, *other])
 
 
-def test_a_class_of_ones_own_is_told_from_ours_of_the_same_name(
-    tiny: list[str], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+def test_a_class_of_ones_own_takes_no_parameters_over_either(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "from lit_dpo import objectives\n"
-    for name, beta in (("Sigmoid", 2.0), ("Cubed", 0.9)):
+    for name, beta in (("Gentle", 2.0), ("Harsh", 0.9)):
         text += (
             f"class {name}(objectives.Sigmoid):\n def __init__(self, beta: float = {beta}): super().__init__(beta)\n"
         )
-    Path("mine.py").write_text(text)
+    Path("of_ones_own.py").write_text(text)
     monkeypatch.syspath_prepend(".")
-    for before, name, beta in ((["--ckpt_path", checkpoint], "Sigmoid", 2.0), ([], "Cubed", 0.9)):
-        first = [] if before else ["--model.objective", "mine.Sigmoid", "--model.objective.beta", "0.7"]
-        seen = []
-        with pytest.MonkeyPatch.context() as patch:
-            configured = DPOModule.configure_model
-            note = lambda self, c=configured, s=seen: s.append(self.objective) or c(self)  # noqa: E731
-            patch.setattr(DPOModule, "configure_model", note)
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
-                main(["validate", *tiny, *before, *first, "--model.objective", f"mine.{name}"])
-        assert (type(seen[0]).__name__, seen[0].beta) == (name, beta)
-        assert any("model.objective is Sigmoid(beta=2.0)" in str(w.message) for w in told) == bool(before)
+    first = ["--model.objective", "of_ones_own.Gentle", "--model.objective.beta", "0.7"]
+    for last in ([], ["--model.objective", "of_ones_own.Harsh"], ["--model.objective", "Robust"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *tiny, *first, *last, "--print_config"])
+        beta = yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"]["beta"]
+        assert beta == {"": 0.7, "of_ones_own.Harsh": 0.9, "Robust": 0.01}[last[-1] if last else ""]
+
+
+def test_a_class_is_the_same_whichever_module_names_it() -> None:
+    one, same, other = (
+        {"class_path": f"lit_dpo.{path}"} for path in ("objectives.IPO", "objectives.margins.IPO", "IPO")
+    )
+    assert _comparable(one) == _comparable(same)
+    assert _comparable(one) != _comparable(other)
 
 
 def test_half_a_quantization_is_refused(tiny: list[str]) -> None:
@@ -533,7 +534,7 @@ def test_a_configuration_file_may_name_the_checkpoint(tiny: list[str]) -> None:
         ("--model.reference MovingReference --model.reference.cached true", "error: model.reference.cached: a moving"),
         ("--model.objective Sigmoidd", "Did you mean Sigmoid?"),
         ("--model.objective DPO", "expected one of AOT, CPO, IPO"),
-        ("--model.objective mine.Squared", "not mine.Squared: No module named 'mine'"),
+        ("--model.objective nowhere.Squared", "not nowhere.Squared: No module named 'nowhere'"),
         ("--model.objective.divergence JensenShanon", "Did you mean JensenShannon?"),
         ("--model.objective IPO --model.objective.beta 0.2", "'beta' is not accepted by the class that is chosen"),
     ],

@@ -227,7 +227,7 @@ def test_another_vocabulary_is_refused_before_anything_is_loaded(
     tokenizer.save_pretrained(other)
     with pytest.raises(ValueError, match=r"model\.reference\.base=.*another vocabulary"):
         fit(module(tiny_base, reference=AnotherModel(other, quantization=None)), data(pairs_file))
-    with pytest.raises(ValueError, match=r"model\.reference\.base=/nowhere: there is no such file"):
+    with pytest.raises(ValueError, match=r"model\.reference\.base=/nowhere: there is no such folder"):
         fit(module(tiny_base, reference=AnotherModel("/nowhere")), data(pairs_file))
 
 
