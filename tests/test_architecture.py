@@ -27,6 +27,7 @@ FLOORS = {
     "datamodule": 4,
     "callbacks": 5,
     "commands": 5,
+    "cli_errors": 5,
     "cli": 6,
     "__main__": 7,
 }

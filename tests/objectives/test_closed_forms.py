@@ -128,8 +128,13 @@ def by_hand(policy: torch.Tensor, reference: torch.Tensor) -> list[Any]:
     return pairs
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("example", ["random", "far", "extreme"])
+UNBOUNDED = ("ForwardKL", "AlphaDivergence")  # exponentials, which at the extreme pass the range of any number
+EXAMPLES = [(name, kind) for name in FORMS for kind in ("random", "far", "extreme")]
+
+
+@pytest.mark.parametrize(
+    ("name", "example"), [one for one in EXAMPLES if one[0] not in UNBOUNDED or one[1] != "extreme"]
+)
 def test_value_is_the_papers(name: str, example: str) -> None:
     objective, equation = FORMS[name]
     tokens = {
@@ -137,8 +142,6 @@ def test_value_is_the_papers(name: str, example: str) -> None:
         "far": (random_tokens(12, 6.0), random_tokens(13, 6.0)),
         "extreme": extreme_tokens(),
     }
-    if example == "extreme" and name in ("ForwardKL", "AlphaDivergence"):
-        pytest.skip("their exponentials pass the range of any number")
     policy, reference = tokens[example]
     losses = objective(from_tokens(policy, LENGTHS, scores=SCORES), from_tokens(reference, LENGTHS, scores=SCORES))
     expected = [equation(pair) for pair in by_hand(policy, reference)]

@@ -33,10 +33,9 @@ def losses(objective: ours.Objective, tokens: Tensor, reference: Tensor) -> Tens
     return loss
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+# But for WPO, whose weights have no gradient: test_closed_forms holds it against the equation.
+@pytest.mark.parametrize("objective", [one for one in OBJECTIVES if not isinstance(one, ours.WPO)], ids=repr)
 def test_gradients_are_finite_differences(objective: ours.Objective) -> None:
-    if isinstance(objective, ours.WPO):
-        pytest.skip("its weights have no gradient; test_closed_forms holds it against the equation")
     tokens = random_tokens(1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: losses(objective, x, random_tokens(2)), tokens, atol=1e-6)
 
@@ -44,15 +43,14 @@ def test_gradients_are_finite_differences(objective: ours.Objective) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_nothing_extreme_gives_more_than_numbers(objective: ours.Objective, dtype: torch.dtype) -> None:
-    overflows = isinstance(getattr(objective, "divergence", None), ours.ForwardKL | ours.AlphaDivergence)
-    if dtype == torch.float32 and isinstance(objective, ours.IPO) and overflows:
-        pytest.skip("the square of exp(80) is beyond float32: such a step is not trained on")
+    exponential = isinstance(getattr(objective, "divergence", None), ours.ForwardKL | ours.AlphaDivergence)
+    overflows = dtype == torch.float32 and isinstance(objective, ours.IPO) and exponential
     policy, reference = extreme_tokens()
     for tokens, other in ((policy, reference), (reference, policy), (0 * policy, reference), (policy, policy)):
         given = tokens.to(dtype).requires_grad_()
         loss = losses(objective, given, other.to(dtype))
         (gradient,) = torch.autograd.grad(loss.sum(), given)
-        assert loss.isfinite().all()
+        assert loss.isfinite().all() or overflows, "the square of exp(80): such a step is not trained on"
         assert gradient.isfinite().all()
         assert loss.dtype == dtype
 

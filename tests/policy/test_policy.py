@@ -56,7 +56,7 @@ def test_the_flat_layout_gives_what_separate_padded_rows_give(tiny_base: str, si
     assert_same(flat, padded, random_batch(sizes))
 
 
-# A prompt of one token, responses of one token, responses of very different lengths, a prompt of 1,000 tokens.
+# A prompt of one token, responses of one token, responses of very different lengths, a prompt of 400 tokens.
 PECULIAR = [(1, 1, 1), (1, 30, 2), (12, 1, 25), (3, 2, 90), (7, 5, 5), (2, 40, 1), (30, 8, 9), (400, 3, 12)]
 
 
