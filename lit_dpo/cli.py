@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -156,7 +157,12 @@ class DPOCLI(LightningCLI):
                 )
             if not Path(path).is_file():
                 raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            try:
+                checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            except (RuntimeError, UnpicklingError, EOFError) as error:
+                raise ValueError(
+                    f"--ckpt_path {path}: the file is no checkpoint, or damaged ({error!s:.120})."
+                ) from error
             plain = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
             stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
             self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
@@ -282,7 +288,10 @@ def _given_checkpoint(args: list[str], command: str) -> str | None:
     given, _ = parser.parse_known_args(args)
     found = [given.ckpt_path] if given.ckpt_path is not None else []
     for file in given.config if not found else ():
-        config = yaml.safe_load(Path(file).read_text()) if Path(file).is_file() else None
+        try:
+            config = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError):  # the parser will say so
+            continue
         parts = [config, config.get(command)] if isinstance(config, dict) else []
         found += [part["ckpt_path"] for part in parts if isinstance(part, dict) and "ckpt_path" in part]
     path: str | None = found[-1] if found else None

@@ -468,6 +468,23 @@ def test_which_checkpoint_is_meant_is_never_guessed(tiny: list[str], checkpoint:
     main(["--config", "both.yaml", "validate", *tiny])
 
 
+def test_a_damaged_file_is_told_in_a_line(
+    tiny: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("broken.yaml").write_text("model:\n  base: [x\n")
+    Path("bad.ckpt").write_text("garbage")
+    for arguments, message in (
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--ckpt_path", "bad.ckpt"], "error: --ckpt_path bad.ckpt: the file is no checkpoint, or damaged"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lit_dpo", "fit", *tiny, *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        printed = capfd.readouterr().err
+        assert message in printed
+        assert "Traceback" not in printed
+
+
 def test_adapters_of_another_rank_are_refused_in_words(tiny: list[str], checkpoint: str) -> None:
     with (
         pytest.warns(UserWarning, match=r"model\.lora\.r is 4, as given; the checkpoint stored 16"),
