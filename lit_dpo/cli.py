@@ -160,9 +160,7 @@ class DPOCLI(LightningCLI):
             try:
                 checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             except (RuntimeError, UnpicklingError, EOFError) as error:
-                raise ValueError(
-                    f"--ckpt_path {path}: the file is no checkpoint, or damaged ({error!s:.120})."
-                ) from error
+                raise ValueError(f"--ckpt_path {path}: the file is no checkpoint, or it is damaged.") from error
             plain = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
             stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
             self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
@@ -290,8 +288,10 @@ def _given_checkpoint(args: list[str], command: str) -> str | None:
     for file in given.config if not found else ():
         try:
             config = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError):  # the parser will say so
+        except OSError:  # the parser will say so
             continue
+        except yaml.YAMLError as error:  # the parser would not say in which file
+            raise ValueError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}.") from error
         parts = [config, config.get(command)] if isinstance(config, dict) else []
         found += [part["ckpt_path"] for part in parts if isinstance(part, dict) and "ckpt_path" in part]
     path: str | None = found[-1] if found else None

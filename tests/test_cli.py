@@ -474,8 +474,8 @@ def test_a_damaged_file_is_told_in_a_line(
     Path("broken.yaml").write_text("model:\n  base: [x\n")
     Path("bad.ckpt").write_text("garbage")
     for arguments, message in (
-        (["--config", "broken.yaml"], "broken.yaml"),
-        (["--ckpt_path", "bad.ckpt"], "error: --ckpt_path bad.ckpt: the file is no checkpoint, or damaged"),
+        (["--config", "broken.yaml"], "error: --config broken.yaml is not valid YAML: while parsing"),
+        (["--ckpt_path", "bad.ckpt"], "error: --ckpt_path bad.ckpt: the file is no checkpoint, or it is damaged"),
     ):
         monkeypatch.setattr(sys, "argv", ["lit_dpo", "fit", *tiny, *arguments])
         with pytest.raises(SystemExit):
