@@ -21,7 +21,7 @@ def main() -> None:
         parser.parse_args()
     # It says that an inference kernel is missing, one that has no gradients and that training must not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from lit_dpo.cli import main
+    from lit_dpo.cli.app import main
 
     main()
 

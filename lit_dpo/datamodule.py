@@ -4,17 +4,16 @@ import signal
 from typing import Any
 
 import torch
-from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.base_model import load_tokenizer
+from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.preparation import PairDataset, prepare_pairs
 from lit_dpo.data.sampler import EvalSampler, PairSampler
-from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
+from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Overlong, Truncation
 
 
@@ -53,9 +52,9 @@ class PreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | Dataset = "HuggingFaceH4/ultrafeedback_binarized",
+        source: str | Rows = "HuggingFaceH4/ultrafeedback_binarized",
         split: str | None = None,
-        val_source: str | Dataset | None = None,
+        val_source: str | Rows | None = None,
         val_split: str | None = None,
         val_size: float | None = None,
         max_length: int | None = 1024,
@@ -103,7 +102,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Takes the tokenized pairs from the cache."""
-        if self.val_pairs is None or (stage == "fit" and self.train_pairs is None):
+        if (self.val_pairs is None and stage != "fit") or (stage == "fit" and self.train_pairs is None):
             self._load(trains=stage == "fit")
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
@@ -181,14 +180,23 @@ class PreferenceDataModule(LightningDataModule):
         try:
             rows, place = load_rows(self.val_source or self.source, self.val_split, names)
         except SplitNotFoundError as error:
+            if self._skips_evaluation():
+                return [*report, f"No held-out pairs: {error} None are needed, as trainer.limit_val_batches is 0."]
             raise ValueError(
-                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size."
+                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
+                "them, set trainer.limit_val_batches=0."
             ) from error
         self.val_pairs, more = self._prepare(rows, place, tokenizer)
         return report + more
 
-    def _prepare(self, rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, list[str]]:
-        return prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc, self.max_responses)
+    def _skips_evaluation(self) -> bool:
+        """Whether this is a fit that was told to evaluate nothing."""
+        trainer = self.trainer
+        return trainer is not None and trainer.state.fn == "fit" and trainer.limit_val_batches == 0
+
+    def _prepare(self, rows: Rows, place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, list[str]]:
+        shown = self.trainer is None or self.trainer.progress_bar_callback is not None
+        return prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc, self.max_responses, shown)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):

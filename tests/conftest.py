@@ -36,7 +36,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def embedded_base() -> str:
     """The embedded model, converted once a session."""
-    from lit_dpo.base_model import resolve_base
+    from lit_dpo.base.names import resolve_base
 
     return resolve_base(EMBEDDED)
 

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +13,24 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "lit_dpo"
-# Each room may import from rooms of a smaller number; within `data` and `policy` the files are in the order of the way.
+# A room may import from rooms of a smaller number.
 FLOORS = {
+    "files": 0,
     "objectives": 0,
-    "base_model": 0,
-    "metrics": 1,
-    "data": 1,
-    "policy": 2,
-    "run_dir": 2,
-    "checkpointing": 3,
-    "reference_pass": 3,
-    "step": 3,
-    "module": 4,
-    "datamodule": 4,
-    "callbacks": 5,
-    "commands": 5,
-    "cli_errors": 5,
-    "cli": 6,
-    "__main__": 7,
+    "base": 1,
+    "data": 2,
+    "policy": 3,
+    "reference": 4,
+    "training": 5,
+    "module": 6,
+    "datamodule": 6,
+    "callbacks": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }
-WAY = ["pairs", "tokenization", "batch", "sampler", "sources", "preparation"]
+LOOSE = {"__init__.py", "__main__.py", "module.py", "datamodule.py"}  # files at the package's top
+WAY = ["formats", "tokenization", "batch", "sampler", "sources", "preparation"]
 
 
 def room(module: str) -> str:
@@ -40,7 +39,7 @@ def room(module: str) -> str:
 
 def imports(path: Path) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.append(node.module)
         elif isinstance(node, ast.Import):
@@ -70,9 +69,11 @@ def test_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize("name", WAY)
 def test_data_flows_one_way(name: str) -> None:
-    for module in imports(PACKAGE / "data" / f"{name}.py"):
+    path = PACKAGE / "data" / name
+    for module in imports(path / "__init__.py" if path.is_dir() else path.with_suffix(".py")):
         if module.startswith("lit_dpo.data."):
-            assert WAY.index(module.split(".")[2]) < WAY.index(name)
+            there = module.split(".")[2]
+            assert there == name or WAY.index(there) < WAY.index(name)
 
 
 OBJECTIVES = [f"lit_dpo.objectives.{path.stem}" for path in (PACKAGE / "objectives").glob("[a-z]*.py")]
@@ -90,8 +91,34 @@ def test_examples_of_the_docstrings(name: str) -> None:
     assert results.failed == 0
 
 
+def test_only_the_two_parts_lie_at_the_top() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == LOOSE
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms | {Path(name).stem for name in LOOSE} - {"__init__"} == set(FLOORS)
+    for part in ("module", "datamodule"):
+        assert len((PACKAGE / f"{part}.py").read_text(encoding="utf-8").splitlines()) < 250
+
+
+PRIVATE = {
+    "_typehints": ["cli/overrides.py"],  # jsonargparse: arguments that a replaced class hands on
+    "_subcommands_action": ["cli/errors.py"],  # jsonargparse: names of the commands
+    "_actions": ["cli/errors.py"],  # argparse: names of the options
+    "_prepare_subcommand_parser": ["cli/app.py"],  # lightning: the arguments of one command
+    "_fingerprint": ["data/preparation.py"],  # datasets: what the rows are
+    "_is_avx512_bf16_supported": ["policy/precision.py"],  # torch: whether the CPU multiplies bfloat16
+    "_attn_implementation": ["policy/policy.py"],  # transformers: the attention to go back to
+    "_should_accumulate": [],  # lightning: replaced by the count of optimizer steps
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_each_private_name_of_a_library_stands_in_one_place(name: str) -> None:
+    files = [str(path.relative_to(PACKAGE)) for path in FILES if re.search(rf"\b{name}\b", path.read_text("utf-8"))]
+    assert files == PRIVATE[name]
+
+
 def test_every_file_says_what_it_is() -> None:
-    assert all(ast.get_docstring(ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py")))
+    assert all(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(PACKAGE.rglob("*.py")))
 
 
 def test_importing_the_package_alone_is_quick() -> None:

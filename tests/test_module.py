@@ -10,10 +10,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from lit_dpo import DPOModule, PreferenceDataModule
-from lit_dpo.base_model import cache_dir
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.files.cache import cache_dir
 from lit_dpo.objectives import IPO, LDDPO, ODPO, RPO, SFT, WPO, AlphaDivergence, JensenShannon, Mixture, Sigmoid
-from lit_dpo.policy.reference import InitialPolicy
+from lit_dpo.reference import InitialPolicy
+from lit_dpo.training.checkpoint import kept_names
 from tests.tiny import random_batch
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -238,7 +239,7 @@ def test_nested_objectives_survive_a_checkpoint(
     model = module(tiny_base, objective=objective)
     model.build_policy(torch.float32, torch.device("cpu"))
     checkpoint = {
-        "state_dict": {name: value for name, value in model.state_dict().items() if name in model._kept_names()},
+        "state_dict": {name: value for name, value in model.state_dict().items() if name in kept_names(model)},
         "hyper_parameters": {**model.hparams},
         "pytorch-lightning_version": lightning.__version__,
     }

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lit_dpo import DPOModule
-from lit_dpo.cli import OPTIONS
+from lit_dpo.cli.app import OPTIONS
+from tests.cli.test_configs import Unrun
 from tests.conftest import REPOSITORY
-from tests.test_configs import Unrun
 
 README = (REPOSITORY / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -64,7 +64,7 @@ def test_the_objective_of_ones_own() -> None:
 
     namespace: dict[str, Any] = {}
     exec(next(block for block in PYTHON if "class Squared" in block), namespace)  # noqa: S102
-    logps = PairLogps.of([-1.0], [-1.0])
+    logps = PairLogps.from_sums([-1.0], [-1.0])
     assert namespace["Squared"](beta=0.5)(logps, logps).item() == 1.0
 
 

@@ -7,11 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.policy.policy import Policy
-from lit_dpo.run_dir import run_dir
+from lit_dpo.training.interruption import is_interruption
+from lit_dpo.training.run_dir import run_dir
 
 
 class AdapterExport(Callback):
-    """Saves adapter, tokenizer and chat template at the end of training, and when Ctrl-C ends it.
+    """Saves adapter, tokenizer and chat template at the end of training, and when Ctrl-C or SIGTERM ends it.
 
     Args:
         dirname: Folder inside the run's folder.
@@ -25,8 +26,8 @@ class AdapterExport(Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the adapter as it is when Ctrl-C is pressed."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+        """Saves the adapter as it is when the run is interrupted."""
+        if is_interruption(exception) and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: Any) -> None:

@@ -1,22 +1,28 @@
-"""LastCheckpoint: ``checkpoints/last.ckpt`` always holds the latest state, after Ctrl-C too."""
+"""LastCheckpoint: ``checkpoints/last.ckpt`` always holds the latest state, also after Ctrl-C or SIGTERM."""
 
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.run_dir import run_dir
+from lit_dpo.training.checkpoint import save_checkpoint
+from lit_dpo.training.interruption import Terminated, is_interruption
+from lit_dpo.training.run_dir import run_dir
+from lit_dpo.training.step import OptimizerStep
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves ``checkpoints/last.ckpt`` now and then, at the end of an epoch or of the run, and when Ctrl-C is pressed.
+    """Saves ``checkpoints/last.ckpt`` every few steps, at the end of an epoch or of the run, and on Ctrl-C or SIGTERM.
 
-    The first Ctrl-C lets the optimizer step finish, so that the checkpoint goes on from it exactly; the second stops
-    at once and leaves the checkpoint before.
+    The first Ctrl-C lets the optimizer step finish, so that a resumed run goes on exactly from there. A second Ctrl-C
+    stops at once and leaves the checkpoint before. SIGTERM, as job schedulers send it, finishes the step too; the
+    process then exits with 143. Before the first training batch, and during an evaluation on one process, both stop at
+    once.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -26,55 +32,62 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"last.every_n_steps must be at least 1, not {every_n_steps}.")
         self.every_n_steps = every_n_steps
-        self._interrupted = False
-        self._consistent = True  # no half-done optimizer step, whose gradients a checkpoint would not hold
-        self._handler: Any = None
+        self._received: int | None = None  # the signal that asked to stop
+        self._training = False
+        self._consistent = True  # whether no optimizer step is half done; a checkpoint would not hold its gradients
+        self._step = OptimizerStep()
+        self._handlers: dict[int, Any] = {}
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Installs the signal handlers."""
+        self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over Ctrl-C."""
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._on_sigint)
+        """Installs the signal handlers, if there was no sanity check."""
+        self._install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here to the end of the step, the state is between two states."""
-        self._consistent = False
+        """From here to the end of the step the state is between two states."""
+        self._training, self._consistent = True, False
+        self._step.start_batch(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves at the end of an optimizer step, if it is time or Ctrl-C was pressed."""
-        if trainer.fit_loop._should_accumulate():
+        """Saves at the end of an optimizer step, if it is time. Ends the run if a signal asked for it."""
+        if not self._step.is_complete(trainer):
             return
         self._consistent = True
-        interrupted = self._interrupted
-        if trainer.world_size > 1:
-            interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
-        if interrupted:
-            raise KeyboardInterrupt
+        received = self._received or 0
+        if trainer.world_size > 1:  # one rank alone may have received it; SIGTERM has the larger number
+            number = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if received:
+            raise _exception(received)
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
         if ends or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves at the end of an epoch, from where a run with more of them goes on; not where ``max_steps`` cut it."""
+        """Saves at the end of an epoch, where a run with more epochs goes on; not where ``max_steps`` cut the epoch."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluation may be stopped anywhere."""
-        if self._interrupted and trainer.world_size == 1:
-            raise KeyboardInterrupt
+        """An evaluation may be stopped anywhere."""
+        if self._received is not None and trainer.world_size == 1:
+            raise _exception(self._received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives Ctrl-C back."""
-        self._release()
+        """Restores the signal handlers."""
+        self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves after Ctrl-C, if no step was half done, and says where."""
-        self._release()
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and trainer.global_step > 0:
+        """Saves when the run was interrupted and no step is half done, and says where."""
+        self._restore()
+        if is_interruption(exception) and trainer.state.fn == "fit" and trainer.global_step > 0:
             path = self._path(trainer)
             if self._consistent:
                 self._save(trainer)
@@ -84,19 +97,32 @@ class LastCheckpoint(Checkpoint):
             state = f"after {trainer.global_step} optimizer steps" if self._consistent else "in the middle of a step"
             rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nGo on with: --ckpt_path {path}")
 
-    def _on_sigint(self, signum: int, frame: Any) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        rank_zero_info("\nCtrl-C: finishing the optimizer step, then saving. Press it again to stop at once.")
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if not self._training or (self._received and number == signal.SIGINT):
+            raise _exception(number)
+        self._received = max(self._received or 0, number)  # SIGTERM before SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        again = " Press it again to stop at once." if number == signal.SIGINT else ""
+        rank_zero_info(f"\n{name}: finishing the optimizer step, then saving.{again}")
 
-    def _release(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+    def _install(self) -> None:
+        if not self._handlers and threading.current_thread() is threading.main_thread():
+            self._received, self._training, self._consistent = None, False, True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
 
     def _path(self, trainer: Trainer) -> Path:
         return run_dir(trainer) / "checkpoints" / "last.ckpt"
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self._path(trainer), weights_only=False)  # with optimizer and loop states
+        save_checkpoint(trainer, self._path(trainer))
+
+
+def _exception(number: int) -> BaseException:
+    """What a signal raises."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

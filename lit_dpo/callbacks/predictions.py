@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.run_dir import run_dir
+from lit_dpo.training.run_dir import run_dir
 
 
 class PredictionWriter(Callback):
@@ -29,7 +29,7 @@ class PredictionWriter(Callback):
             name = f"{stem}.rank{trainer.global_rank}.{suffix}"
         self.path = run_dir(trainer) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        self.path.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -41,7 +41,7 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Appends a line a pair."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_dpo.files.console import say
 from lit_dpo.policy.generation import Prompt, compare, markdown, side_by_side
-from lit_dpo.run_dir import run_dir
+from lit_dpo.training.run_dir import run_dir
 
 
 class ComparisonSamples(Callback):
@@ -28,7 +29,7 @@ class ComparisonSamples(Callback):
             module: Any = pl_module
             prompts = [Prompt(*pairs.prompt(index)) for index in range(min(self.num_prompts, len(pairs)))]
             comparisons = compare(module.policy, module.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
-            print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)), flush=True)
+            say(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "samples.md").write_text(markdown(comparisons))
+            (folder / "samples.md").write_text(markdown(comparisons), encoding="utf-8")
         trainer.strategy.barrier("samples")

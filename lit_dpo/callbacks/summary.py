@@ -1,10 +1,11 @@
-"""RunSummary: held-out numbers before the first step and after the last, and where everything is."""
+"""RunSummary: held-out metrics before the first step and after the last, and the files of the run."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_dpo.run_dir import run_dir
+from lit_dpo.files.console import say
+from lit_dpo.training.run_dir import run_dir
 
 ROWS = ("val/loss", "val/rewards/accuracies", "val/rewards/margins", "val/logps/chosen", "val/logps/rejected")
 FILES = {
@@ -17,14 +18,14 @@ FILES = {
 
 
 class RunSummary(Callback):
-    """Prints a table at the end of training; its first column needs a sanity check of all held-out pairs."""
+    """Prints a table at the end of training. Its first column needs a sanity check of all held-out pairs."""
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the held-out numbers."""
+        """Keeps the held-out metrics."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         if not trainer.sanity_checking:
             self.after = values
@@ -44,11 +45,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         if self.after:
-            print(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}")
+            say(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}")
             for name in ROWS:
                 before = f"{self.before[name]:.4f}" if name in self.before else "-"
-                print(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
-        print(f"\n{folder}/")
+                say(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
+        say(f"\n{folder}/")
         for name, meaning in FILES.items():
             if (folder / name).exists():
-                print(f"  {name:<14}{meaning}")
+                say(f"  {name:<14}{meaning}")

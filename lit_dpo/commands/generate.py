@@ -13,9 +13,10 @@ from transformers import BitsAndBytesConfig
 
 from lit_dpo.data.preparation import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.files.console import say
 from lit_dpo.module import DPOModule
+from lit_dpo.policy.adapters import REFERENCE_ADAPTER
 from lit_dpo.policy.generation import Comparison, Prompt, compare, markdown, side_by_side, user_prompt
-from lit_dpo.policy.loading import REFERENCE_ADAPTER
 
 
 def generate(
@@ -31,6 +32,7 @@ def generate(
     batch_size: int = 8,
     quantization: BitsAndBytesConfig | Literal["nf4"] | None = "nf4",
     seed: int = 42,
+    trust_remote_code: bool = False,
 ) -> None:
     """Answers prompts with the base and with the aligned model, side by side.
 
@@ -47,6 +49,7 @@ def generate(
         batch_size: Prompts that are answered together.
         quantization: Quantization of an adapter's base; a checkpoint brings its own.
         seed: Seed of sampling.
+        trust_remote_code: Whether to run model code that comes with the base model's repository.
 
     Raises:
         ValueError: If neither or both of checkpoint and adapter are given, or no prompt.
@@ -65,12 +68,15 @@ def generate(
     torch.manual_seed(seed)
     data: dict[str, Any] = {}
     if ckpt_path is not None:
-        module: DPOModule = DPOModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+        module: DPOModule = DPOModule.load_from_checkpoint(
+            ckpt_path, map_location="cpu", weights_only=True, trust_remote_code=trust_remote_code
+        )
         data = torch.load(ckpt_path, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
     else:
         assert adapter is not None
-        base = json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        module = DPOModule(base, quantization=quantization, adapter=adapter)
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+        module = DPOModule(base, quantization=quantization, adapter=adapter, trust_remote_code=trust_remote_code)
         module.configure_model()
         module.model.delete_adapter(REFERENCE_ADAPTER)  # to be compared with the bare base
 
@@ -91,20 +97,20 @@ def generate(
         batch_size=batch_size,
     )
     if output is None:
-        print(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
+        say(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
         return
     formats: dict[str, Callable[[list[Comparison]], str]] = {
         ".md": markdown,
         ".jsonl": lambda rows: "".join(json.dumps(asdict(row)) + "\n" for row in rows),
         ".txt": side_by_side,
     }
-    Path(output).write_text(formats[Path(output).suffix](comparisons))
+    Path(output).write_text(formats[Path(output).suffix](comparisons), encoding="utf-8")
     sys.stderr.write(f"Wrote {len(comparisons)} comparisons to {output}.\n")
 
 
 def _read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one a line, or of JSON lines with a ``prompt``."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix != ".jsonl":
         return lines
     found = []

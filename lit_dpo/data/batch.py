@@ -121,7 +121,7 @@ class PairBatch:
         counts = tuple(len(segment.responses) for segment in self.segments)
         responses = Responses(logps, self.response_lengths, counts, self.scores, statistics)
         lengths = torch.tensor(self.response_lengths, device=logps.device)
-        return PairLogps(*responses.ends(responses.sum(logps)), *responses.ends(lengths), responses)
+        return PairLogps(*responses.best_and_worst(responses.sum(logps)), *responses.best_and_worst(lengths), responses)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""

@@ -6,46 +6,34 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.base_model import cache_dir
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.data.pairs import RowError, read_pair
+from lit_dpo.data.formats import read_pair
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
+from lit_dpo.files.cache import cache_dir
+from lit_dpo.files.console import library_bars
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 FORMAT_VERSION = 3  # raise it when the meaning of the cached columns changes
-FEATURES = Features(
-    {
-        "prompt": ListOf(Value("int32")),
-        "chosen": ListOf(Value("int32")),
-        "rejected": ListOf(Value("int32")),
-        "between": ListOf(ListOf(Value("int32"))),  # of a ranked list what lies between best and worst
-        "scores": ListOf(Value("float64")),  # the data's own, from best to worst, or none
-        "question": Value("string"),  # the last user turn, as written
-        "row": Value("int64"),
-        "num_tokens": Value("int32"),
-        "key": Value("binary"),  # TokenizedPair.key
-        "reason": Value("string"),  # why the pair is left out, or ""
-    }
-)
 
 
 class PairDataset(torch.utils.data.Dataset[PairBatch]):
     """Tokenized pairs; a list of indices gives a batch.
 
     Args:
-        columns: The cached data set, with the columns of ``FEATURES``.
+        columns: The cached data set, with the columns of ``columns_of_the_cache``.
         indices: Which of its rows, in which order.
         source: Where the pairs came from, for messages.
     """
 
-    def __init__(self, columns: Dataset, indices: Sequence[int], source: str) -> None:
+    def __init__(self, columns: "Dataset", indices: Sequence[int], source: str) -> None:
         self.columns, self.indices, self.source = columns, indices, source
 
     def __len__(self) -> int:
@@ -61,10 +49,10 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]))
 
     def require_scores(self, reader: str) -> None:
-        """Looks whether every pair has scores of its own, the chosen response's not below the rejected one's.
+        """Checks that every pair has scores, and that the chosen response's is not below the rejected one's.
 
         Args:
-            reader: Who is going to read them, for the message.
+            reader: Name of the objective that uses them, for the message.
 
         Raises:
             ValueError: If one has none, or they contradict it.
@@ -73,13 +61,13 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
             if not scores:
                 raise ValueError(
-                    f"{self.source}, row {row}: there are no scores, at which {reader} looks. Give each row "
+                    f"{self.source}, row {row}: there are no scores, which {reader} uses. Give each row "
                     "score_chosen and score_rejected, or a list of responses with scores."
                 )
             if scores[0] < scores[-1]:
                 raise ValueError(
                     f"{self.source}, row {row}: the chosen response has the score {scores[0]:g} and the rejected one "
-                    f"{scores[-1]:g}; {reader} takes no pair whose scores contradict it. Leave such rows out."
+                    f"{scores[-1]:g}; {reader} takes no pair whose scores contradict its order. Leave such rows out."
                 )
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
@@ -130,13 +118,35 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         )
 
 
+def columns_of_the_cache() -> "Features":
+    """The columns of the cached data set."""
+    from datasets import Features, Value
+    from datasets import Sequence as ListOf
+
+    return Features(
+        {
+            "prompt": ListOf(Value("int32")),
+            "chosen": ListOf(Value("int32")),
+            "rejected": ListOf(Value("int32")),
+            "between": ListOf(ListOf(Value("int32"))),  # the other responses of a ranked list
+            "scores": ListOf(Value("float64")),  # the data's own scores, from best to worst response, or none
+            "question": Value("string"),  # the last user turn, as written
+            "row": Value("int64"),
+            "num_tokens": Value("int32"),
+            "key": Value("binary"),  # TokenizedPair.key
+            "reason": Value("string"),  # why the pair is left out, or ""
+        }
+    )
+
+
 def prepare_pairs(
-    rows: Dataset,
+    rows: "Dataset",
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     num_proc: int | None = None,
     max_responses: int = 2,
+    progress_bar: bool = True,
 ) -> tuple[PairDataset, list[str]]:
     """Tokenizes all rows, or takes them from the cache, and leaves out what cannot be trained on.
 
@@ -149,7 +159,8 @@ def prepare_pairs(
         tokenizer: Tokenizer with a chat template.
         truncation: How long a pair may be.
         num_proc: Processes that tokenize; None for this one.
-        max_responses: Most responses that are taken of a ranked list.
+        max_responses: Most responses to take from a ranked list.
+        progress_bar: Whether to show one.
 
     Returns:
         The pairs, and one line for each reason that left some out.
@@ -161,23 +172,24 @@ def prepare_pairs(
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
-    columns = rows.map(
-        _prepare_row,
-        with_indices=True,
-        fn_kwargs={
-            "source": source,
-            "tokenizer": tokenizer,
-            "truncation": truncation,
-            "max_responses": max_responses,
-        },
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=True,
-        new_fingerprint=fingerprint,
-        num_proc=num_proc,
-        desc=f"Tokenizing {source}",
-    )
+    with library_bars(progress_bar):
+        columns = rows.map(
+            _prepare_row,
+            with_indices=True,
+            fn_kwargs={
+                "source": source,
+                "tokenizer": tokenizer,
+                "truncation": truncation,
+                "max_responses": max_responses,
+            },
+            remove_columns=rows.column_names,
+            features=columns_of_the_cache(),
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            load_from_cache_file=True,
+            new_fingerprint=fingerprint,
+            num_proc=num_proc,
+            desc=f"Tokenizing {source}",
+        )
     left_out: dict[str, array[int]] = defaultdict(lambda: array("q"))
     for row, reason in enumerate(columns["reason"]):
         left_out[reason].append(row)
@@ -203,8 +215,8 @@ def _prepare_row(
     try:
         pair = read_pair(row, max_responses)
         result = pair if isinstance(pair, str) else truncation(tokenize(pair, tokenizer))
-    except RowError as error:
-        raise ValueError(f"{source}, row {index}: {error}.") from error
+    except ValueError as error:  # a RowError, or a template that does not take these messages
+        raise ValueError(f"{source}, row {index}: {str(error).rstrip('.')}.") from error
     if isinstance(pair, str) or isinstance(result, str):
         result, question, reason = TokenizedPair([], [], []), "", str(result)
     else:

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from lit_dpo.files.packages import locate
 
-from lit_dpo.base_model import locate
+if TYPE_CHECKING:
+    from datasets import Dataset
 
+# A datasets.Dataset. The library takes over a second to import, so it is imported only where rows are read.
+Rows: TypeAlias = Any
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_SPLITS = ("train_prefs", "train")
 EVAL_SPLITS = ("test_prefs", "validation", "test")
@@ -18,7 +20,7 @@ class SplitNotFoundError(ValueError):
     """The source is there, but it has no such split."""
 
 
-def load_rows(source: str | Dataset, split: str | None, defaults: tuple[str, ...]) -> tuple[Dataset, str]:
+def load_rows(source: str | Rows, split: str | None, defaults: tuple[str, ...]) -> tuple["Dataset", str]:
     """Loads the rows of one split, and names it for messages.
 
     Args:
@@ -33,11 +35,9 @@ def load_rows(source: str | Dataset, split: str | None, defaults: tuple[str, ...
         SplitNotFoundError: If there is no such split.
         ValueError: If a file cannot be read.
         ConnectionError: If the hub cannot be reached.
+        TypeError: If the source is neither a name nor a ``datasets.Dataset``.
     """
-    if isinstance(source, Dataset):
-        available: Any = {"train": source}
-    else:
-        available = _open(source)
+    available: Any = _open(source) if isinstance(source, str) else {"train": _checked(source)}
     for name in (split,) if split is not None else defaults:
         if name in available:
             rows = available[name]
@@ -47,13 +47,32 @@ def load_rows(source: str | Dataset, split: str | None, defaults: tuple[str, ...
     raise SplitNotFoundError(f"{describe(source)} does not have {wanted}, only {', '.join(available)}.")
 
 
-def describe(source: str | Dataset) -> str:
+def describe(source: str | Rows) -> str:
     """A short name of the source, for messages."""
     return source if isinstance(source, str) else "the data set in memory"
 
 
+def _checked(source: Rows) -> "Dataset":
+    """A data set in memory, unchanged.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    from datasets import Dataset
+
+    if not isinstance(source, Dataset):
+        raise TypeError(
+            f"data.source must be a name or a datasets.Dataset, not {type(source).__name__}. Dataset.from_list makes "
+            "one from a list of rows."
+        )
+    return source
+
+
 def _open(source: str) -> Any:
     """The splits of a source: a DatasetDict, or for files a mapping of split names to their files."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetNotFoundError
+
     path = Path(locate(source)).expanduser()
     if path.is_file():
         if path.suffix not in BUILDERS:
@@ -87,8 +106,11 @@ def _open(source: str) -> Any:
         ) from error
 
 
-def _read(source: str | Dataset, files: list[Path]) -> Dataset:
+def _read(source: str | Rows, files: list[Path]) -> "Dataset":
     """Reads the files of one split into one data set."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         return load_dataset(BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:

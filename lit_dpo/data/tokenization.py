@@ -7,9 +7,10 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.data.pairs import PreferencePair
+from lit_dpo.data.formats import PreferencePair
 
 Overlong: TypeAlias = Literal["truncate", "drop"]
 
@@ -101,7 +102,7 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
     where the template writes nothing after the answer.
 
     Raises:
-        ValueError: If the chat template does not begin a conversation with its own prompt.
+        ValueError: If the chat template refuses the messages, or does not begin a conversation with its own prompt.
     """
 
     def render(*answer: dict[str, object], generate: bool = False) -> str:
@@ -114,8 +115,11 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         return ids
 
     answers = (pair.chosen, *pair.between, pair.rejected)
-    conversations = [render(answer) for answer in answers]
-    generation = render(generate=True)
+    try:
+        conversations = [render(answer) for answer in answers]
+        generation = render(generate=True)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
     # A template may open the answer differently when it generates (a thinking tag, say): then the prompt ends where
     # prompt and all conversations part, but never before the end of the last user turn.
     prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths

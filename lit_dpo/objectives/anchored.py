@@ -22,7 +22,7 @@ class NCAPair(LogRatioObjective):
         Chen et al. 2024, arXiv:2402.05369, Section 4.1 with two responses and hard labels; β of its Appendix C.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> NCAPair(beta=0.5)(policy, reference)
         tensor([1.1982])
     """
@@ -54,7 +54,7 @@ class BCOPair(LogRatioObjective):
         Jung et al. 2024, arXiv:2404.04656, Section 4, with β of its Appendix C.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> BCOPair(beta=0.5)(policy, reference)  # 2 * log(1 + exp(-0.5)), δ being 0
         tensor([0.9482])
     """
@@ -108,7 +108,7 @@ class SPPOHard(LogRatioObjective):
         Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with P = 1 for the winner and 0 for the loser, and its η = 1e3.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> SPPOHard(beta=0.25)(policy, reference)  # (1 - 2)² + (-1 + 2)²
         tensor([2.])
     """
@@ -136,7 +136,7 @@ class APOZero(LogRatioObjective):
         D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, plus the constant 1, so that it is never negative; its β.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> APOZero(beta=0.5)(policy, reference)
         tensor([0.7551])
     """
@@ -160,7 +160,7 @@ class APODown(LogRatioObjective):
         D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8, plus the constant 1, so that it is never negative; its β.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> APODown(beta=0.5)(policy, reference)
         tensor([0.8914])
     """

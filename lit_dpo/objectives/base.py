@@ -31,7 +31,7 @@ class Responses(NamedTuple):
         # Summed one by one: index_add would sum in another order each time on CUDA.
         return torch.stack([part.sum() for part in values.split(self.lengths)])
 
-    def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def best_and_worst(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Of something told of each response, (S,), what belongs to the best and to the worst one, (P,) each."""
         if sum(self.counts) == 2 * len(self.counts):
             return values[0::2], values[1::2]
@@ -49,7 +49,7 @@ class PairLogps(NamedTuple):
     responses: Responses | None = None  # token by token, for what asks for more than sums
 
     @classmethod
-    def of(
+    def from_sums(
         cls,
         chosen: Sequence[float],
         rejected: Sequence[float],
@@ -73,7 +73,7 @@ class PairLogps(NamedTuple):
             (2,) * len(chosen),
             torch.tensor(scores * len(chosen)),
         )
-        return cls(*responses.ends(sums), *responses.ends(repeats), responses)
+        return cls(*responses.best_and_worst(sums), *responses.best_and_worst(repeats), responses)
 
     def detach(self) -> "PairLogps":
         """The same without gradients."""

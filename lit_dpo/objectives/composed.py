@@ -23,7 +23,8 @@ class Mixture(Objective):
         Wang et al. 2024, arXiv:2411.10442 (MPO), with its weights.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0], lengths=(4, 2)), PairLogps.of([-11.0], [-11.0])
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
+        >>> reference = PairLogps.from_sums([-11.0], [-11.0])
         >>> Mixture([Sigmoid(0.5), SFT()], [1.0, 0.1])(policy, reference)  # 0.3133 + 0.1 * 2.5
         tensor([0.5633])
     """
@@ -79,7 +80,8 @@ class RPO(Mixture):
         Pang et al. 2024, arXiv:2404.19733, Eq. 1, with its β and α.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0], lengths=(4, 2)), PairLogps.of([-11.0], [-11.0])
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
+        >>> reference = PairLogps.from_sums([-11.0], [-11.0])
         >>> RPO(beta=0.5)(policy, reference)  # 0.3133 + 2.5
         tensor([2.8133])
     """
@@ -163,7 +165,7 @@ class WPO(Wrapper):
         if responses is None or responses.statistics is None:
             raise ValueError("WPO needs the statistics of the policy's tokens: PairLogps.responses.statistics.")
         aligned = responses.sum(responses.token_logps.detach() - responses.statistics.log_sum_squares)
-        chosen, rejected = responses.ends(aligned)
+        chosen, rejected = responses.best_and_worst(aligned)
         return (chosen / policy.chosen_lengths + rejected / policy.rejected_lengths).exp()
 
 
@@ -184,8 +186,10 @@ class LDDPO(Wrapper):
         Liu et al. 2024, arXiv:2409.06411.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0], lengths=(4, 2)), PairLogps.of([-11.0], [-11.0])
-        >>> LDDPO(alpha=0.0)(policy, PairLogps.of([-12.0], [-11.0], lengths=(4, 2)))  # chosen: half of -10 and of -12
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
+        >>> reference = PairLogps.from_sums([-11.0], [-11.0])
+        >>> reference = PairLogps.from_sums([-12.0], [-11.0], lengths=(4, 2))
+        >>> LDDPO(alpha=0.0)(policy, reference)  # chosen: half of -10 and half of -12
         tensor([0.5981])
     """
 
@@ -218,7 +222,7 @@ class LDDPO(Wrapper):
             raise ValueError("LDDPO takes pairs; lists share no length of two responses.")
         weights = _weights(logps.responses, self.alpha)
         responses = logps.responses._replace(token_logps=weights * logps.responses.token_logps)
-        chosen, rejected = responses.ends(responses.sum(responses.token_logps))
+        chosen, rejected = responses.best_and_worst(responses.sum(responses.token_logps))
         return logps._replace(chosen=chosen, rejected=rejected, responses=responses)
 
 

@@ -66,7 +66,7 @@ class Sigmoid(MarginObjective):
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; label smoothing (conservative DPO): Mitchell 2023.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> Sigmoid(beta=0.5)(policy, reference)  # log(1 + exp(-0.5 * 2))
         tensor([0.3133])
     """
@@ -97,7 +97,7 @@ class Robust(MarginObjective):
         Ray Chowdhury et al. 2024, arXiv:2403.00409, Section 3.1; β and ε of its Section 6 and Appendix B.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> Robust(beta=0.5, label_smoothing=0.1)(policy, reference)  # (0.9 * 0.3133 - 0.1 * 1.3133) / 0.8
         tensor([0.1883])
     """
@@ -127,8 +127,8 @@ class SigmoidNorm(MarginObjective):
         Lambert et al. 2024, arXiv:2411.15124 (Tülu 3), with its β.
 
     Example:
-        >>> policy = PairLogps.of([-10.0], [-12.0], lengths=(4, 2))
-        >>> SigmoidNorm(beta=2.0)(policy, PairLogps.of([-11.0], [-11.0]))  # log(1 + exp(-2 * (1/4 + 1/2)))
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
+        >>> SigmoidNorm(beta=2.0)(policy, PairLogps.from_sums([-11.0], [-11.0]))  # log(1 + exp(-2 * (1/4 + 1/2)))
         tensor([0.2014])
     """
 

@@ -22,7 +22,7 @@ class PlackettLuce(LogRatioObjective):
         Rafailov et al. 2023, arXiv:2305.18290, Appendix A.3.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> PlackettLuce(beta=0.5)(policy, reference)
         tensor([0.3133])
     """

@@ -26,7 +26,7 @@ class Hinge(MarginObjective):
         (RSO's hinge-norm), with its γ as β.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> Hinge(beta=0.25)(policy, reference)  # 1 - 0.25 * 2
         tensor([0.5000])
     """
@@ -56,8 +56,8 @@ class IPO(MarginObjective):
         Azar et al. 2023, arXiv:2310.12036, Eq. 17.
 
     Example:
-        >>> policy = PairLogps.of([-10.0], [-12.0], lengths=(4, 2))
-        >>> IPO(tau=0.5)(policy, PairLogps.of([-11.0], [-11.0]))  # (1/4 + 1/2 - 1)²
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
+        >>> IPO(tau=0.5)(policy, PairLogps.from_sums([-11.0], [-11.0]))  # (1/4 + 1/2 - 1)²
         tensor([0.0625])
     """
 
@@ -90,7 +90,7 @@ class EXOPair(MarginObjective):
         Ji et al. 2024, arXiv:2402.00856, Eq. 16 (EXO-pref), with β of its Appendix B.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> EXOPair(beta=0.5, label_smoothing=0.1)(policy, reference)
         tensor([0.1141])
     """
@@ -123,7 +123,7 @@ class DiscoPOP(MarginObjective):
         Lu et al. 2024, arXiv:2406.08414, Eq. 5, with its β and τ.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0]), PairLogps.of([-11.0], [-11.0])
+        >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
         >>> DiscoPOP(beta=0.05, tau=0.05)(policy, reference)
         tensor([0.8738])
     """

@@ -33,7 +33,7 @@ class SFT(Objective):
         Pang et al. 2024, arXiv:2404.19733, Eq. 1, its term L_NLL.
 
     Example:
-        >>> SFT()(PairLogps.of([-10.0], [-12.0], lengths=(4, 2)), PairLogps.of([0.0], [0.0]))
+        >>> SFT()(PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2)), PairLogps.from_sums([0.0], [0.0]))
         tensor([2.5000])
     """
 
@@ -71,7 +71,8 @@ class SimPO(Objective):
         Meng et al. 2024, arXiv:2405.14734, Eq. 6, with its β 2.0 and γ/β 0.5.
 
     Example:
-        >>> SimPO(beta=2.0, gamma=1.0)(PairLogps.of([-4.0], [-6.0], lengths=(4, 4)), PairLogps.of([0.0], [0.0]))
+        >>> policy = PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4))
+        >>> SimPO(beta=2.0, gamma=1.0)(policy, PairLogps.from_sums([0.0], [0.0]))
         tensor([0.6931])
     """
 
@@ -109,7 +110,7 @@ class ORPO(Objective):
         Hong et al. 2024, arXiv:2403.07691, Eqs. 4, 6 and 7, with its λ.
 
     Example:
-        >>> ORPO()(PairLogps.of([-4.0], [-6.0], lengths=(4, 4)), PairLogps.of([0.0], [0.0]))
+        >>> ORPO()(PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4)), PairLogps.from_sums([0.0], [0.0]))
         tensor([1.0401])
     """
 
@@ -144,7 +145,7 @@ class CPO(Objective):
         Xu et al. 2024, arXiv:2401.08417, Eq. 3 and its L_NLL, with its β.
 
     Example:
-        >>> CPO()(PairLogps.of([-4.0], [-6.0], lengths=(4, 4)), PairLogps.of([0.0], [0.0]))  # 0.5981 + 1
+        >>> CPO()(PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4)), PairLogps.from_sums([0.0], [0.0]))  # 0.5981 + 1
         tensor([1.5981])
     """
 

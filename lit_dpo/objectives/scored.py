@@ -17,7 +17,7 @@ def score_differences(policy: PairLogps) -> Tensor:
     """
     if policy.responses is None:
         raise ValueError("An objective that looks at the data's scores needs PairLogps.responses.")
-    chosen, rejected = policy.responses.ends(policy.responses.scores)
+    chosen, rejected = policy.responses.best_and_worst(policy.responses.scores)
     return chosen - rejected
 
 
@@ -38,7 +38,8 @@ class ODPO(LogRatioObjective):
         Amini et al. 2024, arXiv:2402.10571, which scales by log and tunes α between 0 and 1.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0], scores=(8.0, 5.0)), PairLogps.of([-11.0], [-11.0])
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], scores=(8.0, 5.0))
+        >>> reference = PairLogps.from_sums([-11.0], [-11.0])
         >>> ODPO(beta=0.5, alpha=0.5, scale="linear")(policy, reference)  # margin 1, offset 1.5
         tensor([0.9741])
     """
@@ -73,7 +74,8 @@ class ScoreWeighted(Wrapper):
         Wang et al. 2024, arXiv:2408.09385 (reward difference optimization), with the data's scores as rewards.
 
     Example:
-        >>> policy, reference = PairLogps.of([-10.0], [-12.0], scores=(8.0, 5.0)), PairLogps.of([-11.0], [-11.0])
+        >>> policy = PairLogps.from_sums([-10.0], [-12.0], scores=(8.0, 5.0))
+        >>> reference = PairLogps.from_sums([-11.0], [-11.0])
         >>> ScoreWeighted(scale=0.5)(policy, reference)  # 1.5 * log(1 + exp(-0.1 * 2))
         tensor([0.8972])
     """

@@ -23,7 +23,8 @@ class AOT(LogRatioObjective):
         Melnyk et al. 2024, arXiv:2406.05882, Section 3 (paired).
 
     Example:
-        >>> policy, reference = PairLogps.of([-1.0, -3.0], [-2.0, -2.0]), PairLogps.of([-2.0, -1.0], [-2.0, -2.0])
+        >>> policy = PairLogps.from_sums([-1.0, -3.0], [-2.0, -2.0])
+        >>> reference = PairLogps.from_sums([-2.0, -1.0], [-2.0, -2.0])
         >>> AOT(beta=1.0)(policy, reference)  # (-1, 1) against (0, 1)
         tensor([1.3133, 0.6931])
     """
@@ -55,7 +56,8 @@ class AOTUnpaired(AOT):
         Melnyk et al. 2024, arXiv:2406.05882, Section 3 (unpaired).
 
     Example:
-        >>> policy, reference = PairLogps.of([-1.0, -3.0], [-2.0, -2.0]), PairLogps.of([-2.0, -1.0], [-2.0, -3.0])
+        >>> policy = PairLogps.from_sums([-1.0, -3.0], [-2.0, -2.0])
+        >>> reference = PairLogps.from_sums([-2.0, -1.0], [-2.0, -3.0])
         >>> AOTUnpaired(beta=1.0)(policy, reference)  # (-2, 1) against (0, 1)
         tensor([2.1269, 0.6931])
     """

@@ -1,6 +1,6 @@
-"""How the layers run: recomputed in the backward where memory is short, compiled where it pays.
+"""How the layers run: recomputed in the backward pass where memory is short, compiled where it saves time.
 
-The first changes no number, the second only their rounding.
+Recomputation changes no number. Compilation changes rounding only.
 """
 
 import os
@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_dpo.policy.lora import gated_product
 
 Switch: TypeAlias = bool | Literal["auto"]
-USABLE = 0.7  # of the free memory, for activations; the rest is for what their measure leaves out
-PAYS_AFTER = 500  # batches: compiling takes as long as some two hundred batches of a small model save
+USABLE = 0.7  # share of the free memory for activations; the measurement below does not count everything
+PAYS_AFTER = 500  # batches: compilation takes as long as about 200 batches of a small model save
 
 
 class Recomputation:
@@ -27,7 +27,7 @@ class Recomputation:
 
     Args:
         model: The model.
-        mode: Always, never, or ``auto``: for a batch whose activations would not fit into the memory that is free.
+        mode: Always, never, or ``auto``: for a batch whose activations would not fit into the free memory.
     """
 
     def __init__(self, model: PeftModel, mode: Switch) -> None:
@@ -35,21 +35,20 @@ class Recomputation:
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._bytes_per_token: float | None = None
         if mode is True or (mode == "auto" and self.layers):
-            enable = model.get_base_model()
+            base = model.get_base_model()
             name = "activation_checkpointing_enable"  # transformers 5.23 renamed gradient_checkpointing_enable
-            getattr(enable, name if hasattr(enable, name) else "gradient_checkpointing_enable")(
-                {"use_reentrant": False}
-            )
+            enable = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
         if mode == "auto":
             self._switch(False)
 
     def prepare(self, num_tokens: int, device: torch.device, probe: Callable[[], int]) -> None:
-        """Switches recomputation on or off for a batch, if it is to be decided.
+        """In mode ``auto``, switches recomputation on or off for a batch.
 
         Args:
             num_tokens: Tokens of the batch.
-            device: Where it is computed.
-            probe: Computes something small with gradients, and returns of how many tokens; called once.
+            device: Device of the batch.
+            probe: Runs a small forward pass with gradients and returns its number of tokens; called once.
         """
         if self.mode != "auto" or not self.layers:
             return
@@ -64,7 +63,7 @@ class Recomputation:
 
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(cuda), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                tokens = probe()  # which must not draw from the generators that a resumed run goes on with
+                tokens = probe()  # must not draw from the generators, whose state a resumed run continues
             self._bytes_per_token = sum(kept.values()) / tokens
         self._switch(self._bytes_per_token * num_tokens > USABLE * _free_memory(device))
 
@@ -74,16 +73,16 @@ class Recomputation:
 
 
 def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> bool:
-    """Whether to compile: as asked, or for ``auto`` on a CPU with a C++ compiler in a run that is long enough."""
+    """Whether to compile. ``auto`` compiles on a CPU with a C++ compiler, in a run that is long enough."""
     if mode != "auto":
         return mode
     return device.type == "cpu" and shutil.which("g++") is not None and num_batches >= PAYS_AFTER
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Fuses the elementwise work of the layers, for batches of any length; products and attention stay as they are."""
-    # Rounding where eager execution rounds: else what is kept for the backward changes the forward, and in bfloat16 the
-    # policy would not be the reference at the start.
+    """Fuses the layers' elementwise operations, for batches of any length. Products and attention are not compiled."""
+    # Rounds where eager execution rounds. Otherwise a forward pass with gradients would differ from one without, and in
+    # bfloat16 the policy would not equal the reference at the start.
     options: dict[str, Any] = {"dynamic": True, "options": {"emulate_precision_casts": True}}
     product = torch.compile(gated_product, **options)
     for module in model.modules():
@@ -94,7 +93,7 @@ def compile_layers(model: PeftModel) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that this process can allocate."""
+    """Bytes that this process can still allocate."""
     if device.type != "cuda":
         free = psutil.virtual_memory().available
         limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

@@ -11,7 +11,7 @@ from lit_dpo.policy.policy import Policy
 
 
 class Prompt(NamedTuple):
-    """What is answered: as people read it, and as token ids up to where the answer begins."""
+    """A prompt: its text for display, and its token ids up to where the answer begins."""
 
     text: str
     ids: list[int]
@@ -48,10 +48,10 @@ def compare(
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        prompts: What to answer.
-        max_new_tokens: Most tokens of an answer; one that is cut ends in an ellipsis.
+        prompts: The prompts.
+        max_new_tokens: Most tokens of an answer. An answer that is cut ends in an ellipsis.
         temperature: 0 for greedy decoding.
-        batch_size: Prompts that are answered together.
+        batch_size: Prompts in a batch.
     """
     was_training = policy.training
     policy.eval()
@@ -86,7 +86,7 @@ def _answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
     )
-    with torch.compiler.set_stance("force_eager"):  # token by token, with a cache: compiled layers would not pay
+    with torch.compiler.set_stance("force_eager"):  # compiled layers save nothing when tokens come one at a time
         outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     answers = []
     for tokens in outputs[:, width:].tolist():

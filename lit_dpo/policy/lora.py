@@ -1,36 +1,51 @@
-"""Base product and low-rank update of a LoRA layer in one autograd function, in place of PEFT's chain of them.
+"""A LoRA layer's base product and low-rank update as one autograd function.
 
-PEFT clones the base's output, then multiplies, scales and adds: five tensors the size of the output, each kept or
-copied. Here the update is added into the base's product by the matrix multiplication itself, and all that is kept for
-the backward is the input and its r numbers a token; of a gated feed-forward layer, act(gate)·up is computed anew in the
-backward instead of being kept. The layers stay PEFT's own: what this does not cover goes its way.
+PEFT runs them as a chain of functions: it clones the base's output, multiplies, scales and adds. That makes five
+tensors of the output's size. Here the matrix multiplication adds the update in place. The backward pass keeps only the
+input and its r low-rank numbers per token. In a gated feed-forward layer the backward pass recomputes act(gate)·up
+instead of keeping it. The layers remain PEFT's: what the fused functions do not cover runs through PEFT's own forward.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lit_dpo.policy.adapters import TRAINED_ADAPTER
+from lit_dpo.policy.precision import is_linear4bit
+
 Product: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 def fuse_adapters(model: PeftModel) -> None:
-    """Makes every LoRA layer on a plain or 4-bit linear layer, and every gated layer of three, one function each."""
+    """Replaces the forward of every LoRA layer on a plain or 4-bit linear layer, and of every gated layer of three."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and type(module.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit):
-            module.forward = partial(_forward, module, module.forward)
+        if isinstance(module, LoraLayer) and _is_covered(module.get_base_layer()):
+            _replace_forward(module, _forward)
     for module in model.modules():
         if is_gated(module):
             module.gated_product = gated_product
-            module.forward = partial(_gated_forward, module, module.forward)
+            _replace_forward(module, _gated_forward)
+
+
+def _replace_forward(module: Any, forward: Callable[..., Tensor]) -> None:
+    """Makes ``forward(module, original, x, …)`` the forward of one layer.
+
+    PEFT has no public way to change the arithmetic of a layer that it made. Its ``LoraConfig._register_custom_module``
+    replaces the whole layer class instead, and is experimental.
+    """
+    module.forward = partial(forward, module, module.forward)
+
+
+def _is_covered(base: nn.Module) -> bool:
+    """Whether the fused functions know how to multiply by the weights of this layer."""
+    return type(base) is nn.Linear or is_linear4bit(base)
 
 
 def gated_product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
@@ -40,15 +55,15 @@ def gated_product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tens
 
 @torch.no_grad()
 def is_gated(module: nn.Module) -> bool:
-    """Whether a module is down(act(gate(x))·up(x)), which is asked of its names and then of its numbers."""
+    """Whether a module computes down(act(gate(x))·up(x)): its parts have the names, and its output has the values."""
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if not all(hasattr(module, name) for name in names) or not isinstance(module.down_proj, LoraLayer):
         return False
     layer: Any = module
     base = layer.down_proj.get_base_layer()
-    if type(base) not in (nn.Linear, bnb.nn.Linear4bit):
+    if not _is_covered(base):
         return False
-    dtype = layer.down_proj.lora_A["default"].weight.dtype if type(base) is not nn.Linear else base.weight.dtype
+    dtype = layer.down_proj.lora_A[TRAINED_ADAPTER].weight.dtype if type(base) is not nn.Linear else base.weight.dtype
     x = torch.linspace(-1, 1, 2 * layer.up_proj.in_features, device=base.weight.device, dtype=dtype).view(1, 2, -1)
     expected = layer.down_proj(gated_product(layer.act_fn, layer.gate_proj(x), layer.up_proj(x)))
     return torch.equal(layer(x), expected)
@@ -56,7 +71,7 @@ def is_gated(module: nn.Module) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a LoRA layer: fused if it is a plain one with at most one adapter at work, else PEFT's."""
+    """The forward of a LoRA layer: fused for plain LoRA with at most one active adapter, else PEFT's."""
     adapters, dtype = _adapters(layer), _product_type(x)
     if args or kwargs or not _is_plain(layer, adapters, dtype):
         return original(x, *args, **kwargs)
@@ -69,7 +84,7 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """The forward of a gated feed-forward layer: fused if its last layer is."""
+    """The forward of a gated feed-forward layer: fused if its last layer can be."""
     if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # adapters can be unloaded
         return original(x)
     adapters, dtype = _adapters(layer.down_proj), _product_type(x)
@@ -82,14 +97,14 @@ def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Te
 
 
 def _adapters(layer: Any) -> list[str]:
-    """Names of the adapters at work in a layer."""
+    """Names of a layer's active adapters."""
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
-    """Whether a layer is W + scale·B·A, neither merged nor a variant (DoRA, …) nor with dropout at work.
+    """Whether a layer computes W + scale·B·A with a frozen W: not merged, no variant such as DoRA, no active dropout.
 
-    W is frozen, and if it is quantized, its products are of the type that the others are of.
+    The products of a quantized W must have the type of the other matrix products.
     """
     base = layer.get_base_layer()
     if base.weight.requires_grad or getattr(base, "compute_dtype", None) not in (None, dtype):
@@ -103,13 +118,13 @@ def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """The type that matrix products of x are computed in."""
+    """The type of matrix products of x: autocast's, or that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight, perhaps quantized, and bias of the layer under the adapters."""
+    """Weight, quantized or not, and bias of the base layer."""
     base = layer.get_base_layer()
     return base.weight, None if base.bias is None else base.bias.to(dtype)
 
@@ -120,9 +135,12 @@ def _update(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A base weight, (out, in), dequantized if need be."""
-    if isinstance(weight, bnb.nn.Params4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+    """A base weight, (out, in), dequantized if it is quantized."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, state)
     return weight.to(dtype)
 
 
@@ -146,7 +164,7 @@ def _gradients(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """xWᵀ + bias for a frozen W, which is dequantized anew in the backward instead of being kept."""
+    """xWᵀ + bias for a frozen W. The backward pass dequantizes W again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -179,7 +197,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _GatedLoraLinear(torch.autograd.Function):
-    """The same of x = product(gate, up), keeping gate and up, from which x comes anew in the backward."""
+    """The same for x = product(gate, up). It keeps gate and up, and the backward pass recomputes x from them."""
 
     @staticmethod
     def forward(

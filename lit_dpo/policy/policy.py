@@ -1,5 +1,6 @@
-"""Policy: a PEFT model that gives the log-probs of a ``PairBatch``, as it is or as it was at the start."""
+"""Policy: a PEFT model that computes the log-probs of a ``PairBatch``, with its trained adapter or with another."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -12,9 +13,9 @@ from torch import nn
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps
+from lit_dpo.policy.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER
 from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttentionError
 from lit_dpo.policy.execution import Recomputation, Switch, compile_layers
-from lit_dpo.policy.loading import REFERENCE_ADAPTER
 from lit_dpo.policy.logprobs import TokenLogps, gather_logps, token_logps
 
 Layout: TypeAlias = Literal["auto", "flat", "padded"]
@@ -25,13 +26,14 @@ class Policy(nn.Module):
 
     Args:
         model: The PEFT model.
-        layout: ``flat``, each prompt once and no padding; ``padded``, separate rows through the model's own forward;
-            ``auto``, flat if a few tokens give the same log-probs both ways, else padded with a warning.
-        statistics: Whether ``logps`` tells entropy and the like of each response token.
-        recompute: Whether layers recompute their activations in the backward pass; ``auto``, where memory is short.
+        layout: ``flat`` computes each prompt once, without padding. ``padded`` computes each response in a row of its
+            own, through the model's own forward. ``auto`` takes flat if both give the same log-probs on a few tokens,
+            else padded, with a warning.
+        recompute: Whether layers recompute their activations in the backward pass; ``auto``: where memory is short.
+        statistics: Whether ``logps`` also computes the entropy and other statistics of each response token.
 
     Raises:
-        ValueError: If ``layout`` is ``flat`` and the architecture cannot be served so.
+        ValueError: If ``layout`` is ``flat`` and the architecture does not support it.
     """
 
     def __init__(
@@ -44,52 +46,61 @@ class Policy(nn.Module):
         self.flat = layout != "padded"
         if not self.flat:
             return
-        with model.disable_adapter():  # whose dropout would make two passes differ
-            reason = self._flat_fails()
+        with model.disable_adapter():  # the adapters' dropout would make two passes differ
+            reason = self._why_not_flat()
         if reason and layout == "flat":
-            raise ValueError(f"model.layout=flat cannot serve this architecture: {reason}. Use model.layout=padded.")
+            raise ValueError(f"model.layout=flat does not work for this model: {reason}. Use model.layout=padded.")
         if reason:
-            rank_zero_warn(f"The padded layout is used, slower and larger, because {reason}.", stacklevel=2)
+            rank_zero_warn(
+                f"The padded layout is used, which takes more time and memory, because {reason}.", stacklevel=2
+            )
             self.flat = False
+
+    def summary(self) -> str:
+        """Numbers of parameters, and the layout, in a line."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        layout = "flat" if self.flat else "padded"
+        return f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, {layout} layout"
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Summed log-probs of the responses of P pairs, in nats."""
         return batch.sum_responses(*self.token_logps(batch, self.statistics))
 
     def token_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
-        """Log-prob of each response token, (R,), in nats, and, if asked for, statistics of its distribution."""
+        """Log-prob of each response token, (R,), in nats, with statistics of the policy's distribution if asked for."""
         if torch.is_grad_enabled():
             device = batch.input_ids.device
             self.recomputation.prepare(self._num_computed(batch), device, lambda: self._probe(device))
         return self._flat_logps(batch, statistics) if self.flat else self._padded_logps(batch, statistics)
 
     def compile_layers(self) -> None:
-        """Fuses the elementwise work of the layers; costs half a minute at the first batches."""
+        """Fuses the layers' elementwise operations. Compilation takes half a minute at the first batches."""
         compile_layers(self.model)
         self.compiled = True
 
     @contextmanager
     def initial(self) -> Iterator[None]:
-        """Within it the model is the initial policy: adapters off, or the frozen copy of those it started from."""
+        """Within this context the model is the initial policy: adapters off, or a frozen copy of the first adapter."""
         with self.frozen(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
             yield
 
     @contextmanager
     def frozen(self, adapter: str | None) -> Iterator[None]:
-        """Within it the model has other adapters, or none.
+        """Within this context another adapter is active, or none, and no gradients are recorded.
 
-        Nothing computed in it may be differentiated after it: so it is without gradients.
+        A backward pass outside the context would run with the trained adapter and give wrong gradients.
         """
         with torch.no_grad():
             if adapter is None:
                 with self.model.disable_adapter():
                     yield
                 return
-            self.model.set_adapter(adapter, inference_mode=True)
+            # PeftModel.set_adapter has inference_mode since peft 0.19; the tuner inside it also has it before.
+            self.model.base_model.set_adapter(adapter, inference_mode=True)
             try:
                 yield
             finally:
-                self.model.set_adapter("default")
+                self.model.set_adapter(TRAINED_ADAPTER)
 
     def _flat_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
         """Log-probs from the flat row."""
@@ -97,7 +108,7 @@ class Policy(nn.Module):
         hidden = causal_lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            # A mask of four dimensions is handed on as it is; ours is unused, and spares transformers building one.
+            # transformers passes a mask of four dimensions on unchanged. This one is not read: it saves building one.
             attention_mask=torch.zeros(1, 1, 1, 1, device=batch.input_ids.device),
             use_cache=False,
             layout=AttentionLayout(batch.segments, batch.input_ids.device),
@@ -111,26 +122,37 @@ class Policy(nn.Module):
         return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets, statistics)
 
     def _num_computed(self, batch: PairBatch) -> int:
-        """Tokens that a forward computes."""
+        """Number of tokens in a forward pass, padding included."""
         return batch.input_ids.numel() if self.flat else batch.padded().input_ids.numel()
 
     def _probe(self, device: torch.device) -> int:
-        """Computes a small batch, and tells of how many tokens; of so many that the adapters hardly count."""
+        """Runs a small batch and returns its number of tokens, large enough that the adapters' own part is small."""
         batch = self._small_batch(device, copies=10)
         (self._flat_logps if self.flat else self._padded_logps)(batch)
         return self._num_computed(batch)
 
     def _small_batch(self, device: torch.device, copies: int = 1) -> PairBatch:
-        """Two made-up pairs, of 20 and 31 tokens, perhaps several times."""
+        """Two artificial pairs, of 20 and 31 tokens, repeated ``copies`` times."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(40, 91).remainder(vocabulary).tolist()
         pairs = [TokenizedPair(ids[:7], ids[7:16], ids[16:20]), TokenizedPair(ids[20:21], ids[21:22], ids[22:51])]
         return PairBatch.from_pairs(pairs * copies).to(device)
 
     @torch.no_grad()
-    def _flat_fails(self) -> str | None:
-        """Switches to attention over the flat row, if that gives the model's own log-probs; else returns why not."""
+    def _why_not_flat(self) -> str | None:
+        """Switches the model to attention over the flat row, if it then gives its own log-probs; else says why not.
+
+        Only what tells of an unsupported architecture is caught. A TypeError or an AttributeError is a mistake in the
+        code and is raised.
+        """
         causal_lm: Any = self.model.get_base_model()
+        parameters = inspect.signature(causal_lm.base_model.forward).parameters
+        if "position_ids" not in parameters:
+            return f"{type(causal_lm).__name__} takes no position_ids"
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return f"{type(causal_lm).__name__} passes no further arguments to its attention layers"
+        if causal_lm.get_output_embeddings() is None:
+            return f"{type(causal_lm).__name__} has no language-model head"
         own_attention = causal_lm.config._attn_implementation
         embeddings = causal_lm.get_input_embeddings().weight
         batch = self._small_batch(embeddings.device)
@@ -138,13 +160,13 @@ class Policy(nn.Module):
         try:
             causal_lm.set_attn_implementation(NAME)
             flat = self._flat_logps(batch).logps
-            # Scaling or soft-capping after the head would escape log-probs that are computed from the head alone.
+            # Scaling or soft-capping after the head would be missing from log-probs computed with the head alone.
             row = batch.input_ids[None, :20]
             own = causal_lm(input_ids=row, use_cache=False).logits
             head = causal_lm.get_output_embeddings()(causal_lm.base_model(row, use_cache=False).last_hidden_state)
         except torch.OutOfMemoryError:
             raise
-        except (UnsupportedAttentionError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        except (UnsupportedAttentionError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"
         else:
             difference = (flat - padded).abs().max().item()

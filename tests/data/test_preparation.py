@@ -125,7 +125,7 @@ def test_scores_are_asked_for_by_row() -> None:
     pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, "prompt": "q"}]), "x", TOKENIZER, Truncation(64))
     pairs.require_scores("ODPO")
     for change, message in (
-        ({"score_chosen": None}, "x, row 1: there are no scores, at which ODPO looks"),
+        ({"score_chosen": None}, "x, row 1: there are no scores, which ODPO uses"),
         ({"score_chosen": 0.5}, "x, row 1: the chosen response has the score 0.5 and the rejected one 1;"),
     ):
         pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, **change}]), "x", TOKENIZER, Truncation(64))

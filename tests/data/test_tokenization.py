@@ -1,6 +1,6 @@
 import pytest
 
-from lit_dpo.data.pairs import PreferencePair
+from lit_dpo.data.formats import PreferencePair
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 from tests.tiny import CHATML, tiny_tokenizer
 

@@ -27,7 +27,9 @@ def from_tokens(
     if log_sum_squares is not None:
         statistics = TokenStatistics(torch.zeros_like(tokens), torch.zeros_like(tokens), log_sum_squares)
     responses = Responses(tokens, tuple(lengths), counts, known, statistics)
-    return PairLogps(*responses.ends(responses.sum(tokens)), *responses.ends(torch.tensor(lengths)), responses)
+    return PairLogps(
+        *responses.best_and_worst(responses.sum(tokens)), *responses.best_and_worst(torch.tensor(lengths)), responses
+    )
 
 
 def random_tokens(seed: int, scale: float = 1.0, lengths: Sequence[int] = LENGTHS) -> Tensor:

@@ -90,8 +90,8 @@ def test_where_theory_sets_a_target_the_loss_is_least_there() -> None:
     """IPO: h = 1/(2τ). EXO: σ(m) = 1 - ε. SPPO: log-ratios ±1/(2β)."""
 
     def value(objective: ours.Objective, ratio: float) -> float:
-        zero = ours.PairLogps.of([0.0], [0.0])
-        return float(objective(ours.PairLogps.of([ratio], [-ratio]), zero))
+        zero = ours.PairLogps.from_sums([0.0], [0.0])
+        return float(objective(ours.PairLogps.from_sums([ratio], [-ratio]), zero))
 
     for objective, best in (
         (ours.IPO(0.1), 2.5),
@@ -105,7 +105,7 @@ def test_where_theory_sets_a_target_the_loss_is_least_there() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_ties_count_half(objective: ours.Objective) -> None:
-    even = ours.PairLogps.of([-4.0, -6.0], [-4.0, -6.0], lengths=(2, 2))
+    even = ours.PairLogps.from_sums([-4.0, -6.0], [-4.0, -6.0], lengths=(2, 2))
     rewards = objective.rewards(even, even)
     assert rewards.accuracies.tolist() == [0.5, 0.5]
     assert rewards.margins.tolist() == [0.0, 0.0]
@@ -113,8 +113,11 @@ def test_ties_count_half(objective: ours.Objective) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_rewards_prefer_what_became_likelier(objective: ours.Objective) -> None:
-    policy, reference = ours.PairLogps.of([-4.0], [-9.0], lengths=(2, 2)), ours.PairLogps.of([-6.0], [-6.0])
-    reference = ours.PairLogps.of([-6.0], [-6.0], lengths=(2, 2))
+    policy, reference = (
+        ours.PairLogps.from_sums([-4.0], [-9.0], lengths=(2, 2)),
+        ours.PairLogps.from_sums([-6.0], [-6.0]),
+    )
+    reference = ours.PairLogps.from_sums([-6.0], [-6.0], lengths=(2, 2))
     assert objective.rewards(policy, reference).accuracies.item() == 1.0
 
 
@@ -220,7 +223,7 @@ def test_a_mixture_asks_for_what_its_parts_ask() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    sums = ours.PairLogps.of([-4.0], [-9.0])._replace(responses=None)
+    sums = ours.PairLogps.from_sums([-4.0], [-9.0])._replace(responses=None)
     for objective, message in (
         (ours.WPO(), "statistics"),
         (ours.LDDPO(), "token by token"),

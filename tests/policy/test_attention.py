@@ -1,3 +1,6 @@
+import sys
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,7 +48,7 @@ def slow_varlen(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """What ``torch.nn.attention.varlen.varlen_attn`` is documented to compute, which only CUDA does."""
     assert window_size[1] == 0
@@ -65,15 +68,32 @@ def slow_varlen(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts the stand-in in the place of torch's kernel, as torch 2.12 and later or as torch 2.11 has it."""
+
+    def slow_varlen_211(*arguments: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
+        return slow_varlen(*arguments, scale=scale, window_size=window_size)
+
+    def install(kernel: str) -> None:
+        module = types.ModuleType("torch.nn.attention.varlen")
+        module.varlen_attn = slow_varlen if kernel == "varlen" else slow_varlen_211  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        monkeypatch.setattr(attention, "_can_run_varlen", lambda query: True)
+        attention.varlen_parameters.cache_clear()
+
+    yield install
+    attention.varlen_parameters.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "varlen without enable_gqa"])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_equals_attention_under_the_dense_mask(
-    monkeypatch: pytest.MonkeyPatch, groups: int, window: int | None, kernel: str
+    varlen: Callable[[str], None], groups: int, window: int | None, kernel: str
 ) -> None:
-    if kernel == "varlen":
-        monkeypatch.setattr(attention, "_has_varlen", lambda query: True)
-        monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
+    if kernel != "sdpa":
+        varlen(kernel)
     torch.manual_seed(0)
     tokens = sum(segment.num_tokens for segment in SEGMENTS)
     query = torch.randn(tokens, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -88,6 +108,37 @@ def test_equals_attention_under_the_dense_mask(
     dense = scaled_dot_product_attention(*heads_first, attn_mask=dense_mask(window), scale=0.3).transpose(0, 1)
     torch.testing.assert_close(flat, dense)
     torch.testing.assert_close(gradients, torch.autograd.grad(dense, (query, key, value), upstream))
+
+
+class OnCuda:
+    """A tensor's properties, as on an Ampere card in half precision."""
+
+    is_cuda, dtype, device, shape = True, torch.bfloat16, torch.device("cuda"), (5, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "runs"),
+    [
+        (None, False),  # torch before 2.10
+        (["query", "is_causal", "return_aux"], False),  # 2.10 says nothing of fewer queries than keys
+        (["query", "return_aux", "scale", "window_size"], True),  # 2.11
+        (["query", "return_aux", "scale", "window_size", "enable_gqa"], True),
+    ],
+)
+def test_the_varlen_kernel_is_recognised_by_what_it_offers(
+    monkeypatch: pytest.MonkeyPatch, parameters: list[str] | None, runs: bool
+) -> None:
+    module: Any = None
+    if parameters is not None:
+        module = types.ModuleType("torch.nn.attention.varlen")
+        exec(f"def varlen_attn({', '.join(parameters)}): ...", vars(module))  # noqa: S102
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    attention.varlen_parameters.cache_clear()
+    try:
+        assert attention._can_run_varlen(OnCuda()) == runs  # type: ignore[arg-type]
+    finally:
+        attention.varlen_parameters.cache_clear()
 
 
 def test_a_few_calls_serve_however_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

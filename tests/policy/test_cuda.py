@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, MistralConfig
 
-from lit_dpo.policy.loading import NF4
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.precision import NF4
 from tests.tiny import SIZES, random_batch, save_tiny_base, tiny_policy
 
 pytestmark = pytest.mark.gpu

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from lit_dpo.policy import loading, lora
-from lit_dpo.policy.loading import NF4
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.precision import NF4
 from tests.tiny import random_batch, tiny_policy
 
 BATCH = random_batch([(5, 7, 3), (2, 3, 4)])

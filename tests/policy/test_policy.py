@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.policy.loading import NF4
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.precision import NF4
 from tests.tiny import SIZES, random_batch, random_pairs, save_tiny_base, tiny_policy
 
 EXTREMES = [
@@ -133,7 +133,7 @@ def test_architectures_are_served_exactly_or_fall_back_and_say_so(name: str, tmp
         policy = tiny_policy(base, "auto", **options)
     assert not policy.flat
     policy.logps(batch).chosen.sum().backward()
-    with pytest.raises(ValueError, match=r"model\.layout=flat cannot serve"):
+    with pytest.raises(ValueError, match=r"model\.layout=flat does not work"):
         tiny_policy(base, "flat", **options)
 
 

@@ -1,0 +1,56 @@
+"""A GGUF file ──► a safetensors folder in the cache, converted once, which loads in 4 bits like any other model."""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lit_dpo.files.cache import cache_dir
+from lit_dpo.files.console import library_bars, say
+
+
+def convert(gguf: Path) -> Path:
+    """Converts a GGUF file to bfloat16 safetensors, unless the cache already holds them, and returns the folder."""
+    folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
+    if folder.exists():
+        return folder
+
+    import torch
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    say(f"Converting {gguf.name} to safetensors, once (about half a minute) ...")
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        transformers_logging.set_verbosity_error()
+        with library_bars(shown=False):
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The weights are dequantized now. The GGUF mark in the config would forbid another quantization.
+        if hasattr(model.config, "quantization_config"):  # transformers 5.0 sets no mark
+            del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file (Python 3.10 has no ``hashlib.file_digest``)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,44 @@
+"""A base model's name ──► its tokenizer."""
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_dpo.base.names import BaseModelError, resolve_base
+
+
+def load_tokenizer(
+    base: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat: bool = True,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a padding token.
+
+    Args:
+        base: Hub id, local folder, GGUF file or ``package:NAME``.
+        gguf_file: Name of a GGUF file inside a hub repository.
+        revision: Revision of the hub repository.
+        trust_remote_code: Whether to run tokenizer code that comes with the repository.
+        chat: Whether a chat template is required.
+
+    Raises:
+        BaseModelError: If the tokenizer cannot be loaded.
+        ValueError: If ``chat`` is true and there is no chat template.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve_base(base, gguf_file, revision), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BaseModelError(base, error) from error
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {base} has no chat template, so prompts and responses cannot be told apart. "
+            "Use an instruction-tuned model, or save the tokenizer with a chat_template of your own."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,215 @@
+"""A ``LightningCLI`` with this project's defaults and its own commands."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_dpo.callbacks import AdapterExport, ComparisonSamples
+from lit_dpo.cli.defaults import CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
+from lit_dpo.cli.errors import line_for, one_line, with_suggestion
+from lit_dpo.cli.overrides import (
+    LIGHTNING_CHECKPOINTS,
+    given_checkpoint,
+    new_classes_start_afresh,
+    stored_arguments,
+    warn_of_overrides,
+)
+from lit_dpo.commands import DESCRIPTIONS
+from lit_dpo.commands.generate import generate
+from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.files.console import make_streams_safe
+from lit_dpo.module import DPOModule
+from lit_dpo.policy.precision import precision_for
+from lit_dpo.training.run_dir import run_dir
+
+GENERATE = "generate"
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors take one line and name the nearest known key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the error and exits with status 2."""
+        if os.environ.get("LIT_DPO_TRACEBACK") == "1" and ex is not None:
+            raise ex
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"error: {with_suggestion(one_line(message), parser)}\n")
+        self.exit(2)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` for ``fit`` only, so that a later ``validate`` cannot overwrite it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves into the run's folder."""
+        if stage != "fit" or self.already_saved:
+            return
+        path = run_dir(trainer) / self.config_filename
+        if trainer.is_global_zero:
+            if path.exists():
+                raise ValueError(f"{path} is another run's: choose another folder or version for the logger.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False)
+        self.already_saved = True
+
+
+class DPOCLI(LightningCLI):
+    """``LightningCLI`` with this project's defaults and its own subcommand ``generate``.
+
+    Args:
+        args: The arguments, command first; None for those of the process.
+        options: Those of ``LightningCLI``.
+    """
+
+    def __init__(self, args: list[str] | None, **options: Any) -> None:
+        self._args = sys.argv[1:] if args is None else args
+        super().__init__(args=args, **options)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run's name and the callbacks, each configurable under its own key."""
+        parser.add_argument(
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Name of the folder under runs/; by default that of the configuration file.",
+        )
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults(DEFAULTS)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Adds the commands. Only the one that is used gets its arguments, because building them takes seconds.
+
+        ``LightningCLI.subcommands`` would be the public way, but it takes the Trainer's methods only.
+        """
+        self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
+        commands = parser.add_subcommands()
+        for name, description in DESCRIPTIONS.items():
+            options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description, "allow_abbrev": False}
+            if name not in self._args:
+                command = self.parser_class(**options)
+            elif name == GENERATE:
+                command = self.init_parser(**options)
+                command.add_function_arguments(generate)
+            else:
+                command = self._prepare_subcommand_parser(Trainer, name, **options)
+                command.set_defaults({"weights_only": True})  # a checkpoint must not bring code
+            self._subcommand_parsers[name] = command
+            commands.add_subcommand(name, command, help=description)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses with a checkpoint's arguments as the model's defaults. Warns of each that is overridden.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not there.
+            ValueError: If several checkpoints could be meant.
+        """
+        command = next((arg for arg in self._args if arg in DESCRIPTIONS), GENERATE)
+        path = None if command == GENERATE else given_checkpoint(self._args, command)
+        stored: dict[str, Any] = {}
+        if path is not None:
+            plain = stored_arguments(path)
+            stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
+            self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
+        with new_classes_start_afresh():
+            self.config = parser.parse_args(self._args)
+        final = self.config[command].get("ckpt_path") if command != GENERATE else None
+        if (final or None) != path and final not in LIGHTNING_CHECKPOINTS:
+            raise ValueError(
+                f"ckpt_path is {path} at first and {final} in the end: give it after the files of --config."
+            )
+        if stored:
+            warn_of_overrides(self.config[command].model.as_dict(), stored)
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: the checkpoint was read before the arguments."""
+
+    def _set_seed(self) -> None:
+        if self.subcommand != GENERATE:
+            super()._set_seed()
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses precision and run name, so that the saved configuration holds them."""
+        if self.subcommand == GENERATE:
+            return
+        config = self.config[self.subcommand]
+        if config.trainer.precision is None:
+            on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+            config.trainer.precision = precision_for(torch.device("cuda" if on_gpu else "cpu"))
+        if config.run_name is None:
+            files = config.get("config") or []
+            config.run_name = Path(str(files[-1])).stem if files else "dpo"
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer; ``generate`` needs none of them."""
+        if self.subcommand == GENERATE:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        else:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs to ``runs/<name>/version_N`` unless another logger was chosen."""
+        config = self.config_init[self.subcommand]
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = default_loggers(config.run_name)
+        elif config.trainer.logger is False and config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = CSVLogger("runs", name=config.run_name).log_dir
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        left_out: tuple[type[Callback], ...] = ()
+        if config.get("enable_checkpointing") is False:
+            left_out = (Checkpoint,)
+        if config.get("fast_dev_run"):
+            left_out = (Checkpoint, AdapterExport, ComparisonSamples)
+        chosen = config.get("callbacks") or []
+        if config.get("enable_progress_bar") is False or any(isinstance(one, ProgressBar) for one in chosen):
+            left_out += (CALLBACKS["progress"],)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == GENERATE:
+            generate(**{key: value for key, value in self.config_init[GENERATE].items() if key != "config"})
+        else:
+            super()._run_subcommand(subcommand)
+
+
+OPTIONS: dict[str, Any] = {
+    "model_class": DPOModule,
+    "datamodule_class": PreferenceDataModule,
+    "save_config_callback": SaveFitConfig,
+    "seed_everything_default": 42,
+    "parser_class": Parser,
+    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False},
+    "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: The arguments, command first; by default those of the process. Only errors of the latter are shortened to
+            one line. ``LIT_DPO_TRACEBACK=1`` shows them whole.
+    """
+    make_streams_safe()
+    quiet_libraries()
+    try:
+        DPOCLI(args, **OPTIONS)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+    except Exception as error:
+        message = line_for(error)
+        if args is not None or not message or os.environ.get("LIT_DPO_TRACEBACK") == "1":
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        sys.exit(1)

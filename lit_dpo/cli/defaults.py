@@ -1,0 +1,66 @@
+"""Defaults of the command line: callbacks under their own keys, loggers, quiet libraries."""
+
+import logging
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning_utilities.core.imports import RequirementCache
+
+from lit_dpo.callbacks import (
+    AdapterExport,
+    CollapseGuard,
+    ComparisonSamples,
+    LastCheckpoint,
+    PredictionWriter,
+    RunSummary,
+    StepProgress,
+)
+from lit_dpo.policy.adapters import LORA
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "progress": StepProgress,
+    "best": ModelCheckpoint,
+    "last": LastCheckpoint,
+    "guard": CollapseGuard,
+    "export": AdapterExport,
+    "samples": ComparisonSamples,
+    "summary": RunSummary,
+    "predictions": PredictionWriter,
+}
+DEFAULTS: dict[str, Any] = {
+    "model.objective": {"class_path": "lit_dpo.objectives.Sigmoid"},
+    "model.lora": {"class_path": "peft.LoraConfig", "init_args": LORA},
+    "best.monitor": "val/loss",
+    "best.filename": "best-step{step}",
+    "best.auto_insert_metric_name": False,
+    "best.save_on_train_epoch_end": False,  # at an evaluation, when there is a val/loss
+    "trainer.enable_model_summary": False,  # it counts packed 4-bit weights; the module logs its own summary
+    "trainer.num_sanity_val_steps": -1,  # all held-out pairs, so that their metrics before the first step are known
+    "trainer.max_epochs": 1,
+    "trainer.log_every_n_steps": 1,
+}
+
+
+def default_loggers(name: str) -> list[Logger]:
+    """``metrics.csv``, and TensorBoard events where tensorboard is installed, in a folder that no run had before."""
+    csv = CSVLogger("runs", name=name)
+    if not RequirementCache("tensorboard"):
+        return [csv]
+    return [csv, TensorBoardLogger("runs", name=name, version=csv.version)]
+
+
+def quiet_libraries() -> None:
+    """Hides messages of libraries that nobody who runs a command can act on."""
+    for message in (
+        "`loftq_config` specified but will be ignored",  # peft, of its own default
+        "`is_gradient_checkpointing` is deprecated",  # peft, calling transformers
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning, calling torch
+        "The dirpath has changed from",  # lightning, of a resumed run, which gets a folder of its own
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )

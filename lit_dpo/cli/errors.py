@@ -1,0 +1,108 @@
+"""An error of the parser, of a class that it builds, or of Lightning ──► one line that tells the user what to do."""
+
+import difflib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lit_dpo import objectives
+
+PACKAGE, LIGHTNING = Path(objectives.__file__).parents[1], Path(lightning.__file__).parent
+
+
+def one_line(message: str) -> str:
+    """Shortens the parser's message that a value has none of several types. Other long messages stay as they are."""
+    missing = re.search(r"(?:ModuleNotFoundError|ImportError): *([^\n]*)|No module named [^\n]*", message)
+    key = re.search(r'key "([\w.]+)"', message)
+    if missing and key and message.count("\n") > 2 and "Import path" not in message:
+        return f'Parser key "{key[1]}": {(missing[1] or missing[0]).strip()}'
+    found = re.search(r'key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]*)', message, re.DOTALL)
+    if not found:
+        return " ".join(message.split()) if message.count("\n") <= 2 else message
+    key, types, value = found.groups()
+    types = re.sub(r"typing\.Literal\[(.*?)\]|<class '(?:\w+\.)*(\w+)'>", r"\1\2", types).replace("NoneType", "null")
+    types = re.sub(r"\b(Objective|Divergence)\b", lambda kind: ", ".join(_names(kind[0])), types)
+    problem = re.search(r"Problem with given class_path .*\n\s*([^\n]*)", message)
+    reason = f": {problem[1]}" if problem else ""
+    return f'Parser key "{key}": expected one of {types}, not {value}{reason}'
+
+
+def _names(kind: str) -> list[str]:
+    """Our classes of a kind that can be chosen by their short name."""
+    classes = {name: getattr(objectives, name) for name in objectives.__all__}
+    return [
+        name
+        for name, found in classes.items()
+        if issubclass(found, classes[kind]) and not inspect.isabstract(found) and name != kind
+    ]
+
+
+def with_suggestion(message: str, parser: Any) -> str:
+    """Adds the nearest known key or class name to an error about an unknown one.
+
+    The parser's actions hold the known keys. jsonargparse has no public list of them.
+    """
+    known = {key.removeprefix("--") for action in parser._actions for key in action.option_strings if key[:2] == "--"}
+    known |= set(getattr(getattr(parser, "_subcommands_action", None), "choices", None) or ())
+    unknown = message
+    if "expected one of" in message:
+        known, unknown = set(_names("Objective") + _names("Divergence")), message.rpartition(", not ")[2]
+    for candidate in re.findall(r"[\w.]+", unknown):
+        close = difflib.get_close_matches(candidate, known - {candidate}, n=1, cutoff=0.75)
+        if close and candidate not in known and len(candidate) > 3:
+            return f"{message.rstrip('.')}. Did you mean {close[0]}?"
+    if re.search(r"Option '\w+' is not accepted", message):
+        return f"{message} by the class that is chosen. See --help, or --model.objective.help NAME."
+    return message
+
+
+def line_for(error: Exception) -> str:
+    """One line for an error about the user's own settings or files; empty for any other, whose traceback is needed.
+
+    Errors raised in this package, and Lightning's checks of a configuration, already say what to do. Errors of a
+    value that Lightning raises elsewhere get the Trainer's key in front.
+    """
+    if isinstance(error, ValueError | OSError | ImportError) and _raised_in(error, PACKAGE):
+        return str(error)
+    if isinstance(error, MisconfigurationException):
+        return _with_trainer_key(" ".join(str(error).split()))
+    if isinstance(error, ValueError):
+        said = message_of_class(str(error))
+        if said:
+            return said
+    if isinstance(error, ValueError | TypeError | ImportError) and _raised_in(error, LIGHTNING):
+        return _with_trainer_key(" ".join(str(error).split()))
+    return ""
+
+
+def message_of_class(message: str) -> str:
+    """What a class of ours said when it was built, taken from the parser's account of all the types that it tried."""
+    said = re.search(r"Errors:\n(.*)\nGiven value type", message, re.DOTALL)
+    items = re.split(r"^ *- ", said[1], flags=re.MULTILINE) if said else []
+    theirs = ("Expected", "Does not validate", "Import path", "Problem with", "Not of type")
+    words = [" ".join(item.split()) for item in items if item.strip() and not item.startswith(theirs)]
+    return words[-1] if words else ""
+
+
+def _with_trainer_key(message: str) -> str:
+    """Puts the key of the Trainer's argument that a message is about in front of it, if it can be told."""
+    keys = sorted(inspect.signature(Trainer.__init__).parameters, key=len, reverse=True)
+    for key in keys:
+        if key != "self" and re.search(rf"\b{key}\b", message):
+            return f"trainer.{key}: {message}"
+    if "Accelerator" in message:
+        return f"trainer.accelerator: {message}"
+    return message
+
+
+def _raised_in(error: BaseException, package: Path) -> bool:
+    """Whether the innermost frame of an error's traceback belongs to a package."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(package)

@@ -1,0 +1,26 @@
+"""Files that appear whole or not at all: written beside their place, flushed to disk, then renamed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path in the same folder to write to, and renames it to ``path`` at the end.
+
+    If the block raises, the new file is removed and the old one, if there is one, stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        descriptor = os.open(beside, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a rename may reach the disk before the content does
+        finally:
+            os.close(descriptor)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""LoRA adapters: which are allowed, how they are put on a base, and the names of the copies beside the trained one."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+TRAINED_ADAPTER = "default"  # PEFT's own name
+REFERENCE_ADAPTER = "reference"  # a frozen copy of the adapter that training starts from
+MOVING_ADAPTER = "moving"  # a copy that follows the trained adapter
+# Initializations that leave the base weights unchanged, so that "adapters off" is the initial policy.
+PLAIN_INITIALIZATIONS = (True, "gaussian")
+# Adapters on every linear layer but the head
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def belongs_to(name: str, adapter: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return adapter in name.split(".")  # a part of its own; the last part for embeddings
+
+
+def trained_counterpart(name: str) -> str:
+    """The name of the trained parameter that a parameter of the moving copy follows."""
+    return ".".join(TRAINED_ADAPTER if part == MOVING_ADAPTER else part for part in name.split("."))
+
+
+def choose_lora(lora: LoraConfig | None, adapter: str | None) -> LoraConfig:
+    """The shape of the adapters: as given, or ``LORA``.
+
+    Raises:
+        ValueError: If training goes on from an adapter, which has its own shape.
+    """
+    default = LoraConfig(**LORA)
+    if adapter is not None and lora is not None and lora.to_dict() != default.to_dict():
+        raise ValueError("model.adapter goes on from an adapter that has its own shape: leave model.lora out.")
+    return default if lora is None else lora
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Refuses adapters for which "adapters off" is not the initial policy.
+
+    Raises:
+        ValueError: Naming the field and the remedy.
+    """
+    if lora.bias != "none":
+        raise ValueError(f"model.lora.bias={lora.bias!r} trains the base, which is the reference. Use 'none'.")
+    if lora.modules_to_save:
+        raise ValueError(
+            f"model.lora.modules_to_save={lora.modules_to_save} trains copies of base modules without adapters, but "
+            "the reference needs these modules unchanged. Put adapters on them with lora.target_modules instead."
+        )
+    for field in ("trainable_token_indices", "alora_invocation_tokens"):
+        if getattr(lora, field, None):
+            raise ValueError(f"model.lora.{field} is not supported: the flat layout's log-probs would ignore it.")
+    if lora.init_lora_weights not in PLAIN_INITIALIZATIONS:
+        raise ValueError(
+            f"model.lora.init_lora_weights={lora.init_lora_weights!r} changes the base weights or starts away from "
+            f"the initial policy, so the reference would be another model. Use one of {PLAIN_INITIALIZATIONS}."
+        )
+
+
+def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, moving: bool) -> PeftModel:
+    """Puts adapters on a frozen base: fresh ones, or those of a folder, with the copies that the reference needs.
+
+    Args:
+        model: The base model, frozen.
+        base: What it was loaded from.
+        lora: Shape of fresh adapters.
+        adapter: Folder or hub id of an adapter to go on from. A frozen copy of it is loaded as ``reference``.
+        moving: Whether to add a copy that follows the trained adapter.
+
+    Raises:
+        ValueError: If the adapters leave no initial policy to refer to.
+    """
+    if adapter is None:
+        check_lora(lora)
+        peft_model = get_peft_model(model, lora)
+    else:
+        _check_base(adapter, base)
+        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        check_lora(peft_model.peft_config[TRAINED_ADAPTER])
+        peft_model.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        disable_dropout(peft_model)  # the adapter's dropout belongs to its own training, not to this one
+    if moving:
+        config = copy.deepcopy(peft_model.peft_config[TRAINED_ADAPTER])
+        config.lora_dropout = 0.0
+        peft_model.add_adapter(MOVING_ADAPTER, config)
+    parameters = dict(peft_model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_("lora_" in name and belongs_to(name, TRAINED_ADAPTER))
+        if parameter.requires_grad or belongs_to(name, MOVING_ADAPTER):
+            parameter.data = parameter.data.float()
+    for name, parameter in parameters.items():
+        if belongs_to(name, MOVING_ADAPTER):
+            parameter.data.copy_(parameters[trained_counterpart(name)])
+    return peft_model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switches off every dropout: it would make policy and reference differ by noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _check_base(adapter: str, base: str) -> None:
+    """Warns if an adapter was trained on another base than the one that it is put on."""
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if trained_on and Path(trained_on).name != Path(base).name:
+        warnings.warn(f"The adapter {adapter} was trained on {trained_on}, but model.base is {base}.", stacklevel=2)

@@ -1,0 +1,9 @@
+"""What the policy is compared with: its own start, another model, a copy that follows it, or nothing."""
+
+from lit_dpo.reference.another import AnotherModel
+from lit_dpo.reference.base import NoReference, Reference
+from lit_dpo.reference.cache import CachedReference
+from lit_dpo.reference.initial import InitialPolicy
+from lit_dpo.reference.moving import MovingReference
+
+__all__ = ["AnotherModel", "CachedReference", "InitialPolicy", "MovingReference", "NoReference", "Reference"]

@@ -1,0 +1,58 @@
+"""The setting ``model.reference`` ──► the reference itself."""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.objectives import Objective
+from lit_dpo.policy.policy import Policy
+from lit_dpo.reference.another import AnotherModel
+from lit_dpo.reference.base import NoReference, Reference
+from lit_dpo.reference.cache import CachedReference
+from lit_dpo.reference.initial import InitialPolicy
+from lit_dpo.reference.moving import MovingReference
+
+ReferenceChoice: TypeAlias = Literal["auto", "cached", "live", "none"] | AnotherModel | MovingReference
+
+
+def check_choice(choice: ReferenceChoice, objective: Objective) -> None:
+    """Refuses ``none`` for an objective that needs a reference.
+
+    Raises:
+        ValueError: Naming objectives that need none.
+    """
+    if choice == "none" and objective.uses_reference:
+        raise ValueError(
+            f"model.reference=none: {type(objective).__name__} needs a reference. Objectives without one are SimPO, "
+            "ORPO, CPO and SFT."
+        )
+
+
+def open_reference(
+    choice: ReferenceChoice,
+    policy: Policy,
+    objective: Objective,
+    dtype: torch.dtype,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> Reference:
+    """Builds the reference that was chosen.
+
+    Args:
+        choice: The setting.
+        policy: The policy in training.
+        objective: The objective; ``auto`` builds no reference if it uses none.
+        dtype: Type of the matrix products.
+        tokenizer: Gives the policy's tokenizer, to compare vocabularies.
+    """
+    if choice == "none" or (choice == "auto" and not objective.uses_reference):
+        return NoReference()
+    if isinstance(choice, MovingReference):
+        choice.policy = policy
+        return choice
+    if isinstance(choice, AnotherModel):
+        other = choice.open(tokenizer(), dtype, policy.model.device)
+        return CachedReference.in_cache(other, dtype) if choice.cached else other
+    initial = InitialPolicy(policy)
+    return initial if choice == "live" else CachedReference.in_cache(initial, dtype)

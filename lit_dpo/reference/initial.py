@@ -1,0 +1,78 @@
+"""The policy as it was before training: the default reference."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.objectives import PairLogps
+from lit_dpo.policy.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER, belongs_to
+from lit_dpo.policy.policy import Policy
+from lit_dpo.reference.base import Reference
+
+FORMAT_VERSION = 1  # raise it when the same pair and model give other numbers, or are stored in another way
+
+
+class InitialPolicy(Reference):
+    """The policy as it was before training: adapters off, or a frozen copy of the adapter that training started from.
+
+    Args:
+        policy: The policy in training.
+    """
+
+    policy: Policy
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def release(self) -> None:
+        """Frees memory once all log-probs are on disk. Nothing to free here: the policy itself is in training."""
+
+    def logps(self, batch: PairBatch) -> PairLogps:
+        """Log-probs of P pairs, without gradients."""
+        return batch.sum_responses(self.token_logps(batch))
+
+    def token_logps(self, batch: PairBatch) -> Tensor:
+        """Log-prob of each response token, (R,), in nats."""
+        with self.policy.initial():
+            return self.policy.token_logps(batch).logps
+
+    def identity(self, dtype: torch.dtype) -> str:
+        """A digest of everything that the log-probs depend on except the token ids, with products in ``dtype``."""
+        model = self.policy.model
+        settings = {
+            "version": FORMAT_VERSION,
+            "products": str(dtype),
+            "kernels": [self.policy.flat, self.policy.compiled, torch.__version__, _processor(model.device)],
+            "config": {
+                name: value
+                for name, value in model.get_base_model().config.to_dict().items()
+                if not name.startswith("_") and name not in ("transformers_version", "use_cache")
+            },
+            "adapter": {
+                name: value
+                for name, value in model.peft_config[REFERENCE_ADAPTER].to_dict().items()
+                if "path" not in name and name != "revision"
+            }
+            if REFERENCE_ADAPTER in model.peft_config
+            else None,
+        }
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=_plain).encode(), digest_size=16)
+        for name, tensor in sorted(model.state_dict().items()):
+            if not belongs_to(name, TRAINED_ADAPTER):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _processor(device: torch.device) -> str:
+    """Name of the processor that the kernels run on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON cannot hold: a set as a sorted list, anything else as its name."""
+    return sorted(value) if isinstance(value, set) else str(value)

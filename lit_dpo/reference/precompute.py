@@ -1,0 +1,116 @@
+"""The reference pass: computes the reference log-probs of all pairs that a run will use, before it uses them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_dpo.data.preparation import PairDataset
+from lit_dpo.data.sampler import EvalSampler, PairSampler
+from lit_dpo.reference.cache import CachedReference
+
+
+def shows_progress(trainer: Trainer | None) -> bool:
+    """Whether ``trainer.enable_progress_bar`` is on: it also governs the bars of tokenization and reference pass."""
+    return trainer is None or trainer.progress_bar_callback is not None
+
+
+class ReferencePass(Callback):
+    """Fills the reference cache before training and before each evaluation. ``DPOModule`` adds this callback itself.
+
+    Only the loaders of ``PreferenceDataModule`` tell which pairs will come. Pairs of other loaders are computed when
+    they come.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the training pairs. The sanity check or the first evaluation computes the held-out pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the held-out pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the test pairs."""
+        self._fill(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the pairs to predict."""
+        self._fill(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes to disk what was computed for other loaders."""
+        reference = vars(pl_module).get("reference")  # absent if it was never used
+        if isinstance(reference, CachedReference):
+            reference.save()
+
+    def _fill(self, trainer: Trainer, module: Any) -> None:
+        """Computes the missing pairs, shared among all ranks."""
+        if not isinstance(module.reference, CachedReference):
+            return
+        shares = [(trainer.global_rank, trainer.world_size)]
+        if trainer.num_nodes > 1:  # nodes may not share a disk
+            shares.append((trainer.local_rank, trainer.num_devices))
+        title = f"Reference log-probs, {'training' if trainer.training else 'held-out'} pairs"
+        for pairs, indices in _pairs_ahead(trainer):
+            with trainer.precision_plugin.forward_context():
+                module.reference.fill(
+                    pairs,
+                    indices,
+                    shares=shares,
+                    barrier=trainer.strategy.barrier,
+                    title=title,
+                    progress_bar=shows_progress(trainer),
+                )
+        if not trainer.sanity_checking:  # the training pairs come after the sanity check
+            module.reference.initial.release()
+
+
+def _pairs_ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
+    """The data sets of the coming stage, and the indices of the pairs that all ranks will use from them."""
+    if trainer.training:
+        loaders, batches = [trainer.train_dataloader], [trainer.num_training_batches]
+    elif trainer.testing:
+        loaders, batches = _listed(trainer.test_dataloaders), trainer.num_test_batches
+    elif trainer.predicting:
+        loaders, batches = _listed(trainer.predict_dataloaders), trainer.num_predict_batches
+    else:
+        loaders, batches = _listed(trainer.val_dataloaders), trainer.num_val_batches
+    found: list[tuple[PairDataset, Sequence[int]]] = []
+    for loader, number in zip(loaders, batches, strict=False):
+        pairs, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+        if not isinstance(pairs, PairDataset):
+            continue
+        if isinstance(sampler, PairSampler):
+            found.append((pairs, _training_pairs_ahead(trainer, sampler)))
+        elif isinstance(sampler, EvalSampler):
+            limited = int(number) * sampler.batch_size * sampler.num_replicas
+            found.append((pairs, range(limited if number < len(sampler) else len(pairs))))
+    return found
+
+
+def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[int]:
+    """The pairs of all remaining training batches, of every epoch."""
+    if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # no end is set
+        return range(sampler.num_pairs)
+    size = sampler.batch_size * sampler.num_replicas
+    per_epoch = int(trainer.num_training_batches)
+    epoch, left = trainer.current_epoch, float("inf")
+    if trainer.max_steps >= 0:
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+    used = torch.zeros(sampler.num_pairs, dtype=torch.bool)
+    while left > 0 and epoch != trainer.max_epochs and not used.all():
+        done = sampler.resume_at[1] if sampler.resume_at[0] == epoch else 0
+        batches = int(min(per_epoch - done, left))
+        used[sampler.order(epoch)[done * size : (done + batches) * size]] = True
+        left -= batches
+        epoch += 1
+    return used.nonzero()[:, 0].tolist()
+
+
+def _listed(loaders: Any) -> list[Any]:
+    """A data module's loaders as a list: it may return one, a list or a mapping."""
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]

@@ -1,0 +1,1 @@
+"""Around an optimizer step: metrics, finite steps, checkpoints and exact resume, the run's folder."""

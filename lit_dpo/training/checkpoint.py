@@ -1,0 +1,76 @@
+"""What a checkpoint holds of the module, how it is read back, and how a file is replaced safely.
+
+A checkpoint holds what trains: adapters, the copy that follows them, and the objective's running numbers. It never
+holds the base: the hub has it, and a 4-bit state dict could not be loaded back.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_dpo.files.atomic import replacing
+from lit_dpo.policy.adapters import MOVING_ADAPTER, belongs_to
+
+
+def kept_names(module: Any) -> set[str]:
+    """Names in a checkpoint's state dict: trained adapters, the moving copy, the objective's running numbers."""
+    kept = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in module.named_parameters() if belongs_to(name, MOVING_ADAPTER)}
+    return kept | {f"objective.{name}" for name in module.objective.state_dict()}
+
+
+def keep_trained(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Removes everything but ``kept_names`` from a checkpoint's state dict."""
+    names = kept_names(module)
+    checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+
+
+def move_weights(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Moves a checkpoint's weights to the policy's device.
+
+    After ``load_from_checkpoint`` Lightning moves the module to the device of these weights. A quantized base must stay
+    where it is.
+    """
+    device = module.model.device
+    checkpoint["state_dict"] = {name: value.to(device) for name, value in checkpoint["state_dict"].items()}
+
+
+def fitting_weights(module: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint that belong into this module.
+
+    Raises:
+        ValueError: If the adapters are not those of this module. Lightning's ``strict=False`` would not notice.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    found, expected = set(state_dict), kept_names(module)
+    fitting = {name for name in found & expected if state_dict[name].shape == own[name].shape}
+    optional = {name for name in found | expected if name.startswith("objective.") or belongs_to(name, MOVING_ADAPTER)}
+    differing = (found | expected) - fitting
+    if differing - optional:
+        raise ValueError(
+            f"The checkpoint holds {len(found - optional)} weights; {len(fitting - optional)} of them fit the "
+            f"{len(expected - optional)} of this model ({sorted(differing - optional)[0]} does not). Was its "
+            "model.lora another?"
+        )
+    if differing:
+        rank_zero_warn(
+            f"The checkpoint belongs to another model.objective or model.reference: {sorted(differing)[0]} and what "
+            "else it holds of them is not used, and starts anew."
+        )
+    return {name: value for name, value in state_dict.items() if name in fitting}
+
+
+def save_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Saves a checkpoint with optimizer and loop states over an older one, which stays whole until the new one is.
+
+    Lightning writes to the folder for temporary files and moves the file. Across file systems that is a copy over the
+    old checkpoint, and an interrupted copy destroys it. Collective: every rank must call it.
+    """
+    if not trainer.is_global_zero:
+        trainer.save_checkpoint(path, weights_only=False)  # takes part in the collectives and writes nothing
+    else:
+        with replacing(path) as beside:
+            trainer.save_checkpoint(beside, weights_only=False)

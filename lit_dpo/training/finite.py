@@ -1,0 +1,120 @@
+"""No step on a loss or gradient that is not finite, and the file that reproduces such a step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.tokenization import TokenizedPair
+from lit_dpo.training.ranks import gather_objects
+from lit_dpo.training.run_dir import run_dir
+from lit_dpo.training.step import BatchRecord, name_pairs
+
+PAIRS = "nonfinite_step"  # the checkpoint's key for the pairs of each batch of the step
+MOST_IN_A_ROW = 10  # steps skipped one after another before the run stops
+OnNonfinite: TypeAlias = Literal["stop", "skip"]
+
+
+class NonFiniteLossError(ValueError):
+    """A loss or a gradient is not finite. The optimizer step was not taken."""
+
+
+class FiniteSteps(Callback):
+    """Keeps the optimizer from training on a loss or gradient that is not finite, and logs ``train/grad_norm``.
+
+    ``DPOModule`` adds this callback itself. Under a GradScaler a gradient may overflow: the scaler then skips the step
+    and halves its scale. Below a scale of 1 the scale cannot be the cause, and the step counts as not finite.
+
+    Args:
+        on_nonfinite: ``stop`` the run, or ``skip`` the optimizer step, but at most ten in a row.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+        self.on_nonfinite = on_nonfinite
+        self._in_a_row = self._skipped = 0
+        self._pairs: list[Any] | None = None  # for the checkpoint that reproduces the step
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts counting."""
+        self._in_a_row = self._skipped = 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Repeats at the end that steps were skipped."""
+        if self._skipped:
+            rank_zero_warn(f"{self._skipped} steps were skipped because their loss or gradient was not finite.")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Checks all losses of the step, and its gradient before clipping.
+
+        Raises:
+            NonFiniteLossError: If one is not finite and the run is to stop.
+        """
+        step = pl_module.step
+        norm = _gradient_norm(pl_module.parameters())
+        pl_module.log("train/grad_norm", norm, batch_size=1)
+        losses = all(bool(record.losses.isfinite().all()) for record in step.batches)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        may_overflow = scaler is not None and scaler.get_scale() >= 1
+        finite = losses and (may_overflow or math.isfinite(norm))
+        step.finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+        step.taken = math.isfinite(norm) and step.finite
+        self._in_a_row = 0 if step.finite else self._in_a_row + 1
+        if step.finite:
+            return
+        path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
+        self._pairs = [batch for rank in gather_objects(trainer, _plain_pairs(step.batches)) for batch in rank]
+        if not getattr(trainer, "fast_dev_run", False):  # a dry run leaves no files
+            trainer.save_checkpoint(path, weights_only=False)  # with optimizer and position in the data, to resume from
+        self._pairs = None
+        pairs = [pair for rank in gather_objects(trainer, step.pairs()) for pair in rank]
+        failed = [pair for pair in pairs if not math.isfinite(pair.loss)]
+        what = f"the loss of {name_pairs(failed)}" if failed else f"the gradient (norm {norm}) of {name_pairs(pairs)}"
+        message = f"Step {trainer.global_step + 1}: {what} is not finite. Policy and pairs are in {path}."
+        if self.on_nonfinite == "stop":
+            raise NonFiniteLossError(f"{message} To go on without this step, set model.on_nonfinite=skip.")
+        if self._in_a_row == MOST_IN_A_ROW:
+            raise NonFiniteLossError(
+                f"{message} The {MOST_IN_A_ROW - 1} steps before it were not finite either: the policy is broken."
+            )
+        rank_zero_warn(f"{message} The step is skipped.")
+        self._skipped += 1
+        optimizer.zero_grad()  # an optimizer does not change parameters without a gradient
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the pairs of the step that was not finite."""
+        if self._pairs is not None:
+            checkpoint[PAIRS] = self._pairs
+
+
+def read_nonfinite_step(path: str | Path) -> list[PairBatch]:
+    """The batches of a step whose loss or gradient was not finite.
+
+    The file is also a checkpoint: ``DPOModule.load_from_checkpoint(path)`` gives the policy before that step.
+
+    Args:
+        path: A ``nonfinite-stepN.ckpt``.
+
+    Raises:
+        ValueError: If it is another checkpoint.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if PAIRS not in checkpoint:
+        raise ValueError(f"{path} is not the checkpoint of a step whose loss was not finite.")
+    return [PairBatch.from_pairs([TokenizedPair(**pair) for pair in batch]) for batch in checkpoint[PAIRS]]
+
+
+def _plain_pairs(step: Iterable[BatchRecord]) -> list[list[dict[str, Any]]]:
+    """The pairs of each batch as plain values, which a checkpoint can hold under ``weights_only=True``."""
+    return [[asdict(pair) for pair in record.batch.pairs()] for record in step]
+
+
+def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """The Euclidean norm of all gradients together."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded gradients are DTensors

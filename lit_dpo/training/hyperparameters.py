@@ -1,0 +1,141 @@
+"""A module's arguments as plain values, which a checkpoint can hold under ``weights_only=True``, and back."""
+
+import inspect
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from lit_dpo.policy.adapters import LORA
+
+TRUST = "trust_remote_code"
+
+
+def without_trust(arguments: Any) -> Any:
+    """Arguments without any ``trust_remote_code``, at every depth.
+
+    A checkpoint comes from somewhere. Only the caller and the command line may allow code of a repository to run.
+    """
+    if isinstance(arguments, dict):
+        return {name: without_trust(value) for name, value in arguments.items() if name != TRUST}
+    return [without_trust(item) for item in arguments] if isinstance(arguments, list | tuple) else arguments
+
+
+def asks_for_trust(arguments: Any) -> bool:
+    """Whether arguments hold a true ``trust_remote_code``, at any depth."""
+    if isinstance(arguments, dict):
+        return bool(arguments.get(TRUST)) or any(asks_for_trust(value) for value in arguments.values())
+    return isinstance(arguments, list | tuple) and any(asks_for_trust(item) for item in arguments)
+
+
+def untrusted(checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> dict[str, Any]:
+    """The arguments to load a checkpoint with instead of its own: those that would let code run, without the trust.
+
+    Args:
+        checkpoint_path: Path or address of the checkpoint, or an open file, whose position is kept.
+        weights_only: As for ``load_from_checkpoint``; only False loads arbitrary objects.
+    """
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only is not False}
+    if isinstance(checkpoint_path, str | Path):
+        with fsspec.open(str(checkpoint_path), "rb") as file:
+            checkpoint = torch.load(file, **options)
+    else:
+        position = checkpoint_path.tell()
+        checkpoint = torch.load(checkpoint_path, **options)
+        checkpoint_path.seek(position)
+    stored = checkpoint.get("hyper_parameters", {})
+    cleaned = {name: without_trust(value) for name, value in stored.items()}
+    return {name: value for name, value in cleaned.items() if value != stored[name]} | {TRUST: False}
+
+
+def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
+    """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``.
+
+    The optimizer is missing: it is a function, and its settings are known once it is built. ``trust_remote_code`` is
+    left out on purpose (see ``without_trust``).
+
+    Args:
+        module: A ``DPOModule``.
+        quantization: Its quantization as it was given; ``nf4`` stays ``nf4``.
+
+    Raises:
+        ValueError: If the objective, or another object, does not keep an argument under its own name.
+    """
+    names = ["base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout"]
+    names += ["on_nonfinite"]
+    return {
+        **{name: getattr(module, name) for name in names},
+        **without_trust(module.repository),
+        "reference": without_trust(_plain_object(module.reference_choice)),
+        "compile": module.compilation,
+        "objective": _plain_object(module.objective),
+        "lora": _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
+        "quantization": _plain_object(quantization),
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+
+
+def plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class and settings of an optimizer as plain values."""
+    settings: dict[str, Any] = {}
+    for name in inspect.signature(type(optimizer).__init__).parameters:
+        value = optimizer.defaults.get(name)
+        if isinstance(value, bool | int | float | str):
+            settings[name] = value
+        elif isinstance(value, tuple):
+            settings[name] = [float(item) for item in value]
+    return {"class_path": _path(type(optimizer)), "init_args": settings}
+
+
+def _plain_object(value: Any) -> Any:
+    """An object as its class and its arguments, at every depth.
+
+    An argument whose value is what null would give is stored as null, as in a configuration file that leaves it out.
+    """
+    if isinstance(value, BitsAndBytesConfig):
+        return _plain_fields(value, BitsAndBytesConfig())
+    if isinstance(value, list | tuple | torch.nn.ModuleList):
+        return [_plain_object(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain_object(item) for name, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    arguments = inspect.signature(type(value)).parameters
+    lost = [name for name in arguments if not hasattr(value, name)]
+    if lost:
+        raise ValueError(f"{type(value).__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
+    plain = {name: _plain_object(getattr(value, name)) for name in arguments}
+    optional = [name for name, argument in arguments.items() if argument.default is None and plain[name] is not None]
+    if optional:
+        bare = type(value)(**{name: getattr(value, name) for name in arguments if name not in optional})
+        if all(_plain_object(getattr(bare, name)) == plain[name] for name in optional):
+            plain |= dict.fromkeys(optional)
+    return {"class_path": _path(type(value)), "init_args": plain}
+
+
+def _path(cls: type) -> str:
+    """The dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _plain_fields(config: Any, default: Any, always: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The constructor's arguments that differ from their defaults, and those named, as plain values."""
+    plain = {}
+    for name in inspect.signature(type(config).__init__).parameters:
+        value = getattr(config, name, None)
+        if name in always or value != getattr(default, name, None):
+            if isinstance(value, Enum):
+                value = value.value
+            elif isinstance(value, set):
+                value = sorted(value)
+            elif isinstance(value, torch.dtype):
+                value = str(value).removeprefix("torch.")
+            elif is_dataclass(value) and not isinstance(value, type):
+                value = asdict(value)
+            plain[name] = value
+    return plain

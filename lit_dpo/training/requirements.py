@@ -1,0 +1,82 @@
+"""What cannot work together, refused before anything is computed: objective and data, strategy, averaged weights."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_dpo.objectives import Objective
+from lit_dpo.policy.precision import dtype_for, precision_for
+
+TESTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+def check_data(objective: Objective, data: Any, stage: str) -> None:
+    """Checks whether the data has what the objective uses.
+
+    Args:
+        objective: The objective.
+        data: The data module, or None. Other data modules than ``PreferenceDataModule`` are not checked.
+        stage: Lightning's stage.
+
+    Raises:
+        ValueError: If the data has less, or more than the objective would use.
+    """
+    name, most = type(objective).__name__, getattr(data, "max_responses", None)
+    if most is not None and most > 2 and not objective.ranks_lists:
+        raise ValueError(
+            f"data.max_responses={most}: {name} compares two responses and would ignore the others. Use PlackettLuce, "
+            "or leave it at 2."
+        )
+    if most == 2 and objective.ranks_lists:
+        rank_zero_warn(f"{name} sees two responses of each row: set data.max_responses if the rows have more.")
+    if objective.uses_scores and stage != "predict":
+        for pairs in (getattr(data, "train_pairs", None), getattr(data, "val_pairs", None)):
+            if pairs is not None:
+                pairs.require_scores(name)
+
+
+def placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.dtype, torch.device]:
+    """The type of the matrix products, and the device of this rank.
+
+    Args:
+        trainer: The Trainer; None for a module without one (``load_from_checkpoint``, or a script that only generates).
+        quantized: Whether the base is quantized.
+
+    Raises:
+        ValueError: If the Trainer's precision, strategy or callbacks would corrupt the weights or train wrongly.
+    """
+    if trainer is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return dtype_for(precision_for(device)), device
+    check_trainer(trainer, quantized)
+    return dtype_for(trainer.precision), trainer.strategy.root_device
+
+
+def check_trainer(trainer: Trainer, quantized: bool) -> None:
+    """Checks whether the strategy reduces gradients as tested, and whether a callback would average packed weights.
+
+    Raises:
+        ValueError: Naming the strategy or the callback, and the remedy.
+    """
+    kind = _lightning_class(trainer.strategy)
+    if kind not in TESTED_STRATEGIES:
+        raise ValueError(
+            f"trainer.strategy {type(trainer.strategy).__name__} is not supported: it has not been tested, and a "
+            "strategy that shards weights could train each rank on its own without a word. Use one device, or "
+            "trainer.strategy=ddp."
+        )
+    for callback in getattr(trainer, "callbacks", []):
+        if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} averages all weights, and an average of packed 4-bit or 8-bit codes is "
+                "another weight. Set model.quantization=null, or leave the callback out."
+            )
+
+
+def _lightning_class(strategy: Any) -> type:
+    """The class of Lightning's that a strategy is, or that a strategy of one's own is derived from."""
+    return next(kind for kind in type(strategy).__mro__ if kind.__module__.startswith("lightning."))

@@ -1,0 +1,101 @@
+"""Exact resume: a run goes on from a checkpoint with its random generators, but with its own optimizer settings."""
+
+import random
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_dpo.training.hyperparameters import plain_optimizer
+from lit_dpo.training.ranks import gather_objects
+
+Group = dict[str, Any]
+
+
+class ExactResume(Callback):
+    """Saves what Lightning does not save, and protects what a checkpoint must not replace.
+
+    ``DPOModule`` adds this callback itself. Lightning saves no random generators. It restores optimizers by
+    ``load_state_dict``, which also replaces the settings of each parameter group by the checkpoint's.
+    """
+
+    def __init__(self) -> None:
+        self._own_groups: list[list[Group]] = []  # for each optimizer, the settings that this run built it with
+        self._fresh_states: list[dict[Any, Any]] = []  # for each optimizer, its state before the first step
+        self._random_states: list[Any] | None = None
+        self._stored_optimizer: str | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the random states of all ranks, and the optimizer's class and settings."""
+        checkpoint["random_states"] = gather_objects(trainer, random_state())
+        if trainer.optimizers:
+            checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(trainer.optimizers[0])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps the random states and the optimizer's class until training starts."""
+        self._random_states = checkpoint.get("random_states")
+        self._stored_optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", {}).get("class_path")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes the settings of each parameter group, before Lightning restores the optimizers."""
+        self._own_groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+        # Some optimizers (Adagrad in torch 2.11) make state when they are built and need it at the first step.
+        self._fresh_states = [dict(optimizer.state) for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Restores this rank's random generators and this run's optimizer settings, if a checkpoint was loaded."""
+        if self._random_states is None:
+            return
+        if trainer.global_rank < len(self._random_states):
+            restore_random_state(self._random_states[trainer.global_rank])
+        self._random_states = None
+        schedulers = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
+        for optimizer, groups, state in zip(trainer.optimizers, self._own_groups, self._fresh_states, strict=True):
+            own = plain_optimizer(optimizer)["class_path"]
+            if own != self._stored_optimizer:
+                rank_zero_warn(f"The checkpoint's optimizer was {self._stored_optimizer}: {own} starts afresh.")
+                optimizer.state.clear()
+                optimizer.state.update(state)
+            apply_settings(optimizer, groups, schedulers.get(id(optimizer)))
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, groups: list[Group], scheduler: Any = None) -> None:
+    """Gives each parameter group its own settings back, in place of those that a checkpoint brought.
+
+    Args:
+        optimizer: The optimizer, after ``load_state_dict``.
+        groups: The settings of each parameter group as this run built them.
+        scheduler: Its learning-rate scheduler, or None. The scheduler keeps its position: its current rate is scaled by
+            the ratio of this run's initial rate to the stored one.
+    """
+    base_rates = getattr(scheduler, "base_lrs", None)
+    for index, (group, own) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        for name in optimizer.defaults.keys() & own.keys() - {"lr"}:
+            group[name] = own[name]
+        rate = own.get("initial_lr", own.get("lr"))
+        if scheduler is None:
+            group["lr"] = rate
+        elif base_rates is not None and base_rates[index] != rate:
+            group["lr"] *= rate / base_rates[index]
+            group["initial_lr"] = base_rates[index] = rate
+
+
+def random_state() -> dict[str, Any]:
+    """State of this process's random generators: torch's, its current CUDA device's, and Python's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets the random generators to a state that ``random_state`` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

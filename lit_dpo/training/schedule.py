@@ -1,0 +1,28 @@
+"""The learning rate over a run: warm-up, then one of transformers' schedules."""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import Trainer
+from transformers import get_scheduler
+
+LRSchedule: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
+
+
+def warmed_up(optimizer: torch.optim.Optimizer, schedule: LRSchedule, warmup: float, trainer: Trainer) -> Any:
+    """A scheduler of all optimizer steps of the run, to be advanced at each.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Shape after warm-up.
+        warmup: Share of the steps during which the rate rises from 0.
+        trainer: Tells the number of steps.
+
+    Raises:
+        ValueError: If the run has no end.
+    """
+    total = trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise ValueError("The learning-rate schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    return get_scheduler(name, optimizer, round(warmup * total), int(total))

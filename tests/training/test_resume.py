@@ -1,0 +1,95 @@
+"""A resumed run goes on bit for bit: mid-epoch, at its end, with workers, accumulation and dropout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from peft import LoraConfig
+
+from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.training.throughput import NAMES
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create",
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:You're resuming",
+)
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class SaveAt(LastCheckpoint):
+    """Keeps a checkpoint of one optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(every_n_steps=max(step, 1))
+        self.step = step
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"step{self.step}.ckpt", weights_only=False)
+
+
+def run(
+    base: str, pairs: str, root: Path, step: int, workers: int = 0, accumulate: int = 1, ckpt: Path | None = None
+) -> Any:
+    seed_everything(5 if ckpt is None else 99, verbose=False)  # a resumed run must not lean on the seed
+    model = DPOModule(base, quantization=None, lora=LORA, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    data = PreferenceDataModule(pairs, val_size=4, batch_size=2, num_workers=workers)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        callbacks=[SaveAt(step)],
+        default_root_dir=root,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+    return model, trainer
+
+
+@pytest.mark.parametrize(
+    ("step", "workers", "accumulate"),
+    [(3, 0, 1), (8, 0, 1), (11, 0, 1), (2, 0, 3), (3, 0, 3), (4, 0, 3), (5, 2, 1)],
+)
+def test_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path, step: int, workers: int, accumulate: int) -> None:
+    model, trainer = run(tiny_base, pairs_file, tmp_path / "whole", step, workers, accumulate)
+    resumed, again = run(
+        tiny_base, pairs_file, tmp_path / "resumed", -1, workers, accumulate, tmp_path / f"whole/step{step}.ckpt"
+    )
+    assert again.global_step == trainer.global_step
+    expected = dict(model.named_parameters())
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    for name, value in trainer.callback_metrics.items():
+        if name not in NAMES:  # the clock's and the memory's
+            assert torch.equal(value, again.callback_metrics[name]), name
+
+
+@pytest.mark.parametrize("first", [{"max_epochs": 1}, {"max_steps": 5}, {"max_steps": 8}])
+def test_a_finished_run_goes_on_as_if_it_had_not_ended(
+    tiny_base: str, pairs_file: str, tmp_path: Path, first: dict[str, int]
+) -> None:
+    def fit(root: Path, ckpt: Path | None = None, **length: int) -> tuple[DPOModule, Trainer]:
+        seed_everything(5 if ckpt is None else 99, verbose=False)
+        optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)  # noqa: E731
+        model = DPOModule(
+            tiny_base, quantization=None, lora=LORA, optimizer=optimizer, lr_scheduler="constant", warmup=0
+        )
+        data = PreferenceDataModule(pairs_file, val_size=4, batch_size=2)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        trainer = Trainer(accelerator="cpu", default_root_dir=root, callbacks=[LastCheckpoint()], **quiet, **length)
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        return model, trainer
+
+    whole, _ = fit(tmp_path / "whole", max_epochs=2)
+    fit(tmp_path / "first", **first)
+    resumed, trainer = fit(tmp_path / "second", tmp_path / "first/checkpoints/last.ckpt", max_epochs=2)
+    assert trainer.global_step == 16
+    expected = dict(whole.named_parameters())
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
