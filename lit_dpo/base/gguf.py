@@ -14,7 +14,9 @@ from lit_dpo.files.console import library_bars, say
 
 def convert(gguf: Path) -> Path:
     """Converts a GGUF file to bfloat16 safetensors, unless the cache already holds them, and returns the folder."""
-    folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
     if folder.exists():
         return folder
 
@@ -45,12 +47,3 @@ def convert(gguf: Path) -> Path:
         transformers_logging.set_verbosity(verbosity)
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file (Python 3.10 has no ``hashlib.file_digest``)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,11 +11,10 @@ restart after the prompt, so a response sees the prompt at the same distance as 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.objectives import PairLogps, Responses, TokenStatistics

@@ -632,7 +632,10 @@ def test_a_guard_that_stops_leaves_a_whole_run_behind(tiny: list[str]) -> None:
     assert 0 < steps < 12
 
 
-def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(
+    tiny: list[str], number: signal.Signals, status: int
+) -> None:
     many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lit_dpo", "fit", *tiny, *many],
@@ -645,11 +648,11 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
     deadline = time.monotonic() + 90
     while not (path.exists() and len(path.read_text().splitlines()) > 4) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
     assert "Traceback" not in printed
     assert "Go on with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
-    assert process.returncode != 0
+    assert process.returncode == status
     assert Path("runs/dpo/version_0/adapter/adapter_model.safetensors").exists()
     step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 0 < step < 1600

@@ -93,3 +93,47 @@ def test_a_finished_run_goes_on_as_if_it_had_not_ended(
     expected = dict(whole.named_parameters())
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+class TwoGroups(DPOModule):
+    """Two parameter groups with settings of their own, as in LoRA+, with or without a schedule."""
+
+    def __init__(self, base: str, rates: tuple[float, float], decay: float, scheduled: bool, **options: Any) -> None:
+        super().__init__(base, quantization=None, lora=LORA, **options)
+        self.rates, self.decay, self.scheduled = rates, decay, scheduled
+
+    def configure_optimizers(self) -> Any:
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [[p for name, p in named if ("lora_B" in name) == is_b] for is_b in (False, True)]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[0], "lr": self.rates[0], "weight_decay": 0.0},
+                {"params": groups[1], "lr": self.rates[1], "weight_decay": self.decay},
+            ]
+        )
+        if not self.scheduled:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_each_parameter_group_keeps_its_own_settings(
+    tiny_base: str, pairs_file: str, tmp_path: Path, scheduled: bool
+) -> None:
+    def fit(rates: tuple[float, float], decay: float, epochs: int, ckpt: Path | None = None) -> list[dict[str, Any]]:
+        model = TwoGroups(tiny_base, rates, decay, scheduled)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        callbacks = [LastCheckpoint()] if ckpt is None else []
+        trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, max_epochs=epochs, **quiet)
+        data = PreferenceDataModule(pairs_file, val_size=4, batch_size=4)
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        return trainer.optimizers[0].param_groups
+
+    first = fit((1e-2, 1e-3), 0.1, 1)
+    assert [group["weight_decay"] for group in first] == [0.0, 0.1]
+    for rates, decay in (((1e-2, 1e-3), 0.1), ((2e-2, 4e-3), 0.3)):
+        groups = fit(rates, decay, 2, tmp_path / "checkpoints/last.ckpt")
+        assert [group["weight_decay"] for group in groups] == [0.0, decay]
+        expected = [rate / 9 if scheduled else rate for rate in rates]  # after eight steps
+        assert [group["lr"] for group in groups] == pytest.approx(expected)
