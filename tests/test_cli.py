@@ -630,7 +630,8 @@ def test_a_guard_that_stops_leaves_a_whole_run_behind(tiny: list[str]) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny: list[str]) -> None:
-    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0"]
+    # Of so many epochs compiling would pay, and take longer than all else here.
+    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0", "--model.compile", "false"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lit_dpo", "fit", *tiny, *many],
         env=environment(),

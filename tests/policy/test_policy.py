@@ -59,12 +59,14 @@ def test_the_flat_layout_gives_what_separate_padded_rows_give(tiny_base: str, si
 # A prompt of one token, responses of one token, responses of very different lengths, a prompt of 400 tokens.
 PECULIAR = [(1, 1, 1), (1, 30, 2), (12, 1, 25), (3, 2, 90), (7, 5, 5), (2, 40, 1), (30, 8, 9), (400, 3, 12)]
 
+# Short ones beside them, some of the same lengths.
+SHORT = [(1, 1, 1), (7, 5, 5), (7, 5, 5), (1, 2, 1), (2, 1, 3), (3, 1, 1), (1, 1, 4), (4, 6, 3)]
 
 def test_on_the_embedded_model(embedded_base: str) -> None:
     """16 pairs in one flat row against each pair by itself in padded rows, with transformers' own attention."""
     policies = [tiny_policy(embedded_base, "flat", recompute) for recompute in (False, True)]
     padded = tiny_policy(embedded_base, "padded")
-    pairs = random_pairs([*PECULIAR, *PECULIAR[:-1], (4, 6, 3)], vocabulary=40_000)
+    pairs = random_pairs([*PECULIAR, *SHORT], vocabulary=40_000)
     logps = [policy.logps(PairBatch.from_pairs(pairs)) for policy in policies]
     for found in logps:
         (found.chosen.sum() - 0.5 * found.rejected.sum()).backward()
