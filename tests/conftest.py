@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 
 _SESSION = tempfile.TemporaryDirectory(prefix="lit_dpo-tests-")
+# The processes of pytest-xdist each have a folder of their own, but for the embedded model, which takes half a minute.
+SHARED = Path(os.environ.setdefault("LIT_DPO_TESTS_SHARED", _SESSION.name))
 os.environ["LIT_DPO_CACHE"] = f"{_SESSION.name}/cache"
 os.environ["HF_DATASETS_CACHE"] = f"{_SESSION.name}/datasets"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes of several threads each wou
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 from tests.tiny import made_up_rows, save_tiny_base, write_jsonl  # noqa: E402
 
@@ -35,9 +38,16 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def embedded_base() -> str:
-    """The embedded model, converted once a session."""
+    """The embedded model, converted once a session by the first process that needs it."""
     from lit_dpo.base.names import resolve_base
+    from lit_dpo.files.cache import cache_dir
 
+    with FileLock(SHARED / "embedded.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_DPO_CACHE", str(SHARED / "embedded"))
+        folder = Path(resolve_base(EMBEDDED))
+    link = cache_dir() / "models" / folder.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(folder)
     return resolve_base(EMBEDDED)
 
 

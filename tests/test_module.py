@@ -1,6 +1,6 @@
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import pytest
@@ -15,8 +15,10 @@ from lit_dpo.files.cache import cache_dir
 from lit_dpo.objectives import IPO, LDDPO, ODPO, RPO, SFT, WPO, AlphaDivergence, JensenShannon, Mixture, Sigmoid
 from lit_dpo.reference import InitialPolicy
 from lit_dpo.training.checkpoint import kept_names
+from tests.closeness import LOSS, TINY, assert_same
 from tests.tiny import random_batch
 
+STEPS = 4  # of an epoch of the pairs that are trained on: each adds rounding of its own
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches",
@@ -54,12 +56,17 @@ class Losses(Callback):
         self.values.append(float(arguments[1]["loss"]))
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4", BitsAndBytesConfig(load_in_8bit=True)])
+EIGHT_BITS = 1e-3  # an activation near the middle between two of 255 steps may be rounded to either
+
+
+@pytest.mark.parametrize(
+    ("quantization", "slack"), [(None, LOSS), ("nf4", LOSS), (BitsAndBytesConfig(load_in_8bit=True), EIGHT_BITS)]
+)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_the_first_loss_is_ln_2(tiny_base: str, pairs_file: str, quantization: Any) -> None:
+def test_the_first_loss_is_ln_2(tiny_base: str, pairs_file: str, quantization: Any, slack: float) -> None:
     losses = Losses()
     fit(module(tiny_base, quantization=quantization), data(pairs_file), callbacks=[losses], limit_train_batches=1)
-    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.values[0] == pytest.approx(math.log(2), abs=slack)
 
 
 def test_the_reference_is_bit_identical_after_training(tiny_base: str, pairs_file: str) -> None:
@@ -90,11 +97,6 @@ def adapters(model: DPOModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_accumulation_equals_one_large_batch_and_a_short_last_window_weighs_right(
     tiny_base: str, pairs_file: str
 ) -> None:
@@ -114,7 +116,7 @@ def test_accumulation_equals_one_large_batch_and_a_short_last_window_weighs_righ
         optimizer.zero_grad()
         plain.objective(plain.policy.logps(batch), plain.reference.logps(batch)).mean().backward()
         optimizer.step()
-    assert_close(adapters(accumulated), adapters(plain))
+    assert_same(adapters(accumulated), adapters(plain), STEPS * TINY)
 
 
 def test_settings_that_must_not_matter_give_the_same_adapters(tiny_base: str, pairs_file: str) -> None:
@@ -123,8 +125,8 @@ def test_settings_that_must_not_matter_give_the_same_adapters(tiny_base: str, pa
         model = module(tiny_base, **options)
         fit(model, data(pairs_file))
         runs.append(adapters(model))
-    assert_close(runs[0], runs[1])
-    assert_close(runs[0], runs[2])
+    assert_same(runs[1], runs[0], STEPS * TINY)
+    assert_same(runs[2], runs[0], STEPS * TINY)
 
 
 def test_metrics_carry_the_fields_names(tiny_base: str, pairs_file: str) -> None:
@@ -141,11 +143,15 @@ def test_other_precisions_are_refused(tiny_base: str, pairs_file: str, precision
         fit(module(tiny_base), data(pairs_file), precision=precision)
 
 
-def test_bfloat16_trains_with_float32_adapters(tiny_base: str, pairs_file: str) -> None:
-    model = module(tiny_base, quantization="nf4")
+# Of a live reference the first loss is exact; a cached one was computed in other batches, which may round otherwise.
+@pytest.mark.parametrize(("reference", "slack"), [("live", 1e-7), ("cached", 0.05)])
+def test_bfloat16_trains_with_float32_adapters(
+    tiny_base: str, pairs_file: str, reference: Literal["live", "cached"], slack: float
+) -> None:
+    model = module(tiny_base, quantization="nf4", reference=reference)
     losses = Losses()
     fit(model, data(pairs_file), precision="bf16-mixed", callbacks=[losses])
-    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.values[0] == pytest.approx(math.log(2), abs=slack)
     assert {p.dtype for p in adapters(model).values()} == {torch.float32}
     assert model.model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
 
@@ -160,7 +166,7 @@ def test_a_checkpoint_holds_what_trains_as_plain_values(tiny_base: str, pairs_fi
     assert set(checkpoint["state_dict"]) == set(adapters(model))
 
     loaded = DPOModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
-    assert_close(adapters(loaded), adapters(model))
+    assert_same(adapters(loaded), adapters(model), 0.0)
     assert loaded.lora.r == 2
     assert loaded.quantization == "nf4"
     assert repr(loaded.objective) == repr(Sigmoid())
@@ -193,7 +199,7 @@ def test_going_on_from_an_adapter_starts_at_ln_2(tiny_base: str, pairs_file: str
     losses = Losses()
     second = module(tiny_base, adapter=str(tmp_path / "adapter"))
     fit(second, data(pairs_file), callbacks=[losses])
-    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.values[0] == pytest.approx(math.log(2), abs=LOSS)
     assert losses.values[-1] != losses.values[0]
 
 
@@ -311,9 +317,8 @@ def test_cached_and_live_references_train_the_same_adapters(tiny_base: str, pair
     for reference in ("cached", "live"):
         model = module(tiny_base, reference=reference, optimizer=sgd(0.1))
         fit(model, data(pairs_file), max_epochs=2)
-        trained.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    for name, parameter in trained[0].items():
-        torch.testing.assert_close(parameter, trained[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        trained.append(adapters(model))
+    assert_same(*trained, 2 * STEPS * TINY)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")

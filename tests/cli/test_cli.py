@@ -17,9 +17,11 @@ from lit_dpo.cli.app import main
 from lit_dpo.cli.overrides import _comparable
 from lit_dpo.module import DPOModule
 from lit_dpo.training.throughput import NAMES
+from tests.closeness import LOSS, TINY, assert_same
 from tests.conftest import REPOSITORY
 from tests.tiny import made_up_rows, write_jsonl
 
+STEPS = 4  # of an epoch of the tiny run: each adds rounding of its own
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*dataloader' does not have many workers",
@@ -55,6 +57,15 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{n: float(v) for n, v in row.items() if v and n not in NAMES} for row in rows]
 
 
+def logged(folder: Path) -> dict[str, torch.Tensor]:
+    """All that was logged, by family: a quantile of rewards may lie near zero, and is off by what the rewards are."""
+    families: dict[str, list[float]] = {}
+    for row in metrics(folder):
+        for name, value in row.items():
+            families.setdefault(name.rsplit("/", 1)[0], []).append(value)
+    return {family: torch.tensor(values) for family, values in families.items()}
+
+
 def test_fit_leaves_everything_behind(tiny: list[str], tiny_base: str, capfd: pytest.CaptureFixture[str]) -> None:
     main(["fit", *tiny, "--run_name", "first"])
     folder = Path("runs/first/version_0")
@@ -70,7 +81,7 @@ def test_fit_leaves_everything_behind(tiny: list[str], tiny_base: str, capfd: py
     rows = metrics(folder)
     before = next(row for row in rows if "val/loss" in row)
     assert before["step"] == 0
-    assert before["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["val/loss"] == pytest.approx(math.log(2), abs=LOSS)
     assert before["val/rewards/accuracies"] == 0.5
     assert [row for row in rows if "val/loss" in row][-1]["val/loss"] != before["val/loss"]
     printed = capfd.readouterr().out
@@ -112,7 +123,7 @@ def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pyte
     assert lines[0].keys() == {"source", "row", "reward_chosen", "reward_rejected", "margin"}
     assert lines[0]["source"] == pairs_file
     final = [row for row in metrics(Path("runs/dpo/version_0")) if "val/loss" in row][-1]
-    assert sum(line["margin"] for line in lines) / 4 == pytest.approx(final["val/rewards/margins"], rel=1e-4)
+    assert sum(line["margin"] for line in lines) / 4 == pytest.approx(final["val/rewards/margins"], abs=2 * LOSS)
     assert Path("runs/dpo/version_0/config.yaml").read_text() == saved
     assert not list(Path("runs/dpo").glob("version_[123]/config.yaml"))
 
@@ -284,8 +295,8 @@ def test_the_quickstart_shortened(embedded_base: str) -> None:
     )
     folder = Path("runs/quickstart/version_0")
     rows = metrics(folder)
-    assert rows[0]["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert next(row["train/loss"] for row in rows if "train/loss" in row) == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["val/loss"] == pytest.approx(math.log(2), abs=LOSS)
+    assert next(row["train/loss"] for row in rows if "train/loss" in row) == pytest.approx(math.log(2), abs=LOSS)
     assert (folder / "checkpoints/last.ckpt").stat().st_size < 80e6, "adapters and optimizer, never the base"
 
 
@@ -602,7 +613,7 @@ def test_ranked_lists_are_laid_beside_one_prompt(tiny: list[str], tmp_path: Path
     source = ["--data.source", write_jsonl(tmp_path / "ranked.jsonl", ranked(12)), "--data.max_responses", "4"]
     main(["fit", *tiny, *source, "--model.objective", "PlackettLuce"])
     rows = [row for row in metrics(Path("runs/dpo/version_0")) if "train/loss" in row]
-    assert rows[0]["train/loss"] == pytest.approx(math.log(24), abs=1e-5), "each of 4! orders is as likely"
+    assert rows[0]["train/loss"] == pytest.approx(math.log(24), abs=LOSS), "each of 4! orders is as likely"
     assert rows[0]["train/rewards/accuracies"] == 0.5
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     main(["predict", *tiny, *source, "--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"])
@@ -636,7 +647,8 @@ def test_a_guard_that_stops_leaves_a_whole_run_behind(tiny: list[str]) -> None:
 def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(
     tiny: list[str], number: signal.Signals, status: int
 ) -> None:
-    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0"]
+    # Compilation would pay over so many epochs, and take longer than all else here.
+    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0", "--model.compile", "false"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lit_dpo", "fit", *tiny, *many],
         env=environment(),
@@ -674,9 +686,6 @@ def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:
         main(["fit", *common])
     states = [torch.load(f"runs/dpo/version_{v}/checkpoints/last.ckpt", weights_only=True) for v in (0, 1)]
     seen = [state["state_dict"]["objective.seen"].tolist() for state in states]
-    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert seen[0] == pytest.approx(seen[1], rel=2 * STEPS * TINY)
     assert seen[0][1] == 2 * 2 * 16, "the rewards of two epochs of 16 pairs"
-    both = [metrics(Path(f"runs/dpo/version_{version}")) for version in (0, 1)]
-    assert len(both[0]) == len(both[1])
-    for one, other in zip(*both, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+    assert_same(*(logged(Path(f"runs/dpo/version_{version}")) for version in (0, 1)), 2 * STEPS * TINY)

@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig, MistralConfig
 
 from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.precision import NF4
+from tests.closeness import TINY, assert_same, rounding
 from tests.tiny import SIZES, random_batch, save_tiny_base, tiny_policy
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +34,8 @@ def test_flat_equals_padded(tmp_path: Any, dtype: torch.dtype, window: int | Non
         (logps.chosen.sum() - 0.5 * logps.rejected.sum()).backward()
         gradients.append((logps, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}))
     (flat, ours), (padded, theirs) = gradients
-    torch.testing.assert_close(flat.chosen, padded.chosen, rtol=1e-3, atol=TOLERANCE[dtype])
-    torch.testing.assert_close(flat.rejected, padded.rejected, rtol=1e-3, atol=TOLERANCE[dtype])
+    # The logits, rounded once, and their errors over the tokens of a response, are most of what log-probs are off by.
+    assert_same(flat[:2], padded[:2], TINY if dtype == torch.float32 else rounding(1, dtype))
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert (gradient - theirs[name]).norm() <= (TOLERANCE[dtype] + 1e-3) * theirs[name].norm() + 1e-6, name

@@ -9,6 +9,7 @@ import torch
 from lit_dpo.policy import execution
 from lit_dpo.policy.execution import compilation_pays
 from lit_dpo.policy.policy import Policy
+from tests.closeness import TINY, assert_same
 from tests.tiny import random_batch, tiny_policy
 
 BATCHES = [random_batch(sizes) for sizes in ([(5, 7, 3), (2, 3, 4)], [(9, 30, 12)], [(3, 4, 5), (6, 7, 8), (9, 1, 1)])]
@@ -66,7 +67,7 @@ def test_compiled_layers_give_the_same_for_batches_of_any_length(tiny_base: str)
         losses_and_gradients(compiled)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew for another length"
     for one, again, expected in zip(found, found_again, losses_and_gradients(plain), strict=True):
-        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+        assert_same(one, expected, TINY)
         assert torch.equal(one, again)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

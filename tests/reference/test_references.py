@@ -19,7 +19,8 @@ from lit_dpo.policy.adapters import belongs_to, trained_counterpart
 from lit_dpo.policy.policy import Policy
 from lit_dpo.reference import AnotherModel, MovingReference
 from lit_dpo.training.checkpoint import kept_names
-from tests.test_module import Losses, adapters, data, fit, module, sgd
+from tests.closeness import LOSS, TINY, assert_same
+from tests.test_module import STEPS, Losses, adapters, data, fit, module, sgd
 from tests.tiny import save_tiny_base, tiny_policy, wake_adapters
 
 pytestmark = pytest.mark.filterwarnings(
@@ -148,11 +149,10 @@ def test_soft_updates_equal_two_full_models_in_float64(tiny_base: str, pairs_fil
                 before.copy_(alpha * parameter + (1 - alpha) * before)
     assert len(expected) == 8
     assert max(expected) - min(expected) > 0.05, "the losses must move"
-    assert steps.losses == pytest.approx(expected, abs=1e-5)
-    for name, parameter in reference.named_parameters():
-        if "lora_" in name:
-            moved = model.model.get_parameter(name.replace(".default.", ".moving."))
-            torch.testing.assert_close(moved, parameter, atol=1e-5, rtol=0)
+    assert_same(torch.tensor(steps.losses), torch.tensor(expected), 2 * STEPS * TINY)
+    moved = {name: p for name, p in reference.named_parameters() if "lora_" in name}
+    found = {name: model.model.get_parameter(name.replace(".default.", ".moving.")) for name in moved}
+    assert_same(found, moved, 2 * STEPS * TINY)
 
 
 def test_a_moving_reference_resumes_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_another_model_by_path(tiny_base: str, pairs_file: str, tmp_path: Path, 
     losses = Losses()
     same = AnotherModel(tiny_base, quantization=None, cached=cached)
     fit(module(tiny_base, reference=same), data(pairs_file), callbacks=[losses])
-    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.values[0] == pytest.approx(math.log(2), abs=LOSS)
 
     tiny_policy(tiny_base).model.save_pretrained(str(tmp_path / "adapter"))
     for other in ({"quantization": "nf4"}, {"quantization": None, "adapter": str(tmp_path / "adapter")}):
@@ -213,8 +213,7 @@ def test_another_model_cached_and_live_train_the_same(tiny_base: str, pairs_file
     for cached in (True, False):
         models.append(module(tiny_base, reference=AnotherModel(tiny_base, quantization="nf4", cached=cached)))
         fit(models[-1], data(pairs_file))
-    for name, parameter in adapters(models[0]).items():
-        torch.testing.assert_close(parameter, adapters(models[1])[name], rtol=0, atol=1e-6)
+    assert_same(adapters(models[0]), adapters(models[1]), STEPS * TINY)
 
 
 def test_another_vocabulary_is_refused_before_anything_is_loaded(
