@@ -21,15 +21,12 @@ from lit_dpo.cli.overrides import (
     stored_arguments,
     warn_of_overrides,
 )
-from lit_dpo.commands import DESCRIPTIONS
-from lit_dpo.commands.generate import generate
+from lit_dpo.commands import DESCRIPTIONS, OWN, function_of
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.console import make_streams_safe
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
 from lit_dpo.training.run_dir import run_dir
-
-GENERATE = "generate"
 
 
 class Parser(LightningArgumentParser):
@@ -61,7 +58,7 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class DPOCLI(LightningCLI):
-    """``LightningCLI`` with this project's defaults and its own subcommand ``generate``.
+    """``LightningCLI`` with this project's defaults and its own commands.
 
     Args:
         args: The arguments, command first; None for those of the process.
@@ -95,9 +92,9 @@ class DPOCLI(LightningCLI):
             options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description, "allow_abbrev": False}
             if name not in self._args:
                 command = self.parser_class(**options)
-            elif name == GENERATE:
+            elif name in OWN:
                 command = self.init_parser(**options)
-                command.add_function_arguments(generate)
+                command.add_function_arguments(function_of(name))
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
                 command.set_defaults({"weights_only": True})  # a checkpoint must not bring code
@@ -111,16 +108,18 @@ class DPOCLI(LightningCLI):
             FileNotFoundError: If the checkpoint is not there.
             ValueError: If several checkpoints could be meant.
         """
-        command = next((arg for arg in self._args if arg in DESCRIPTIONS), GENERATE)
-        path = None if command == GENERATE else given_checkpoint(self._args, command)
+        command = next((arg for arg in self._args if arg in DESCRIPTIONS), None)
+        path = None if command is None or command in OWN else given_checkpoint(self._args, command)
         stored: dict[str, Any] = {}
-        if path is not None:
+        if path is not None and command is not None:
             plain = stored_arguments(path)
             stored = parser.parse_object({command: {"model": plain}})[command].model.as_dict()
             self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
         with new_classes_start_afresh():
             self.config = parser.parse_args(self._args)
-        final = self.config[command].get("ckpt_path") if command != GENERATE else None
+        if command is None or command in OWN:
+            return
+        final = self.config[command].get("ckpt_path")
         if (final or None) != path and final not in LIGHTNING_CHECKPOINTS:
             raise ValueError(
                 f"ckpt_path is {path} at first and {final} in the end: give it after the files of --config."
@@ -132,12 +131,12 @@ class DPOCLI(LightningCLI):
         """Does nothing: the checkpoint was read before the arguments."""
 
     def _set_seed(self) -> None:
-        if self.subcommand != GENERATE:
+        if self.subcommand not in OWN:
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Chooses precision and run name, so that the saved configuration holds them."""
-        if self.subcommand == GENERATE:
+        if self.subcommand in OWN:
             return
         config = self.config[self.subcommand]
         if config.trainer.precision is None:
@@ -148,8 +147,8 @@ class DPOCLI(LightningCLI):
             config.run_name = Path(str(files[-1])).stem if files else "dpo"
 
     def instantiate_classes(self) -> None:
-        """Builds model, data and trainer; ``generate`` needs none of them."""
-        if self.subcommand == GENERATE:
+        """Builds model, data and trainer. Our own commands need none of them."""
+        if self.subcommand in OWN:
             self.config_init = self.parser.instantiate_classes(self.config)
         else:
             super().instantiate_classes()
@@ -176,8 +175,9 @@ class DPOCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == GENERATE:
-            generate(**{key: value for key, value in self.config_init[GENERATE].items() if key != "config"})
+        if subcommand in OWN:
+            arguments = self.config_init[subcommand].items()
+            function_of(subcommand)(**{key: value for key, value in arguments if key != "config"})
         else:
             super()._run_subcommand(subcommand)
 

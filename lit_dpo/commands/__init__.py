@@ -1,4 +1,12 @@
-"""The commands of ``python -m lit_dpo``, and those among them that are not a Trainer's."""
+"""The commands of ``python -m lit_dpo``: those of Lightning's Trainer, and our own, one file each.
+
+A command of ours is a function with the name of its file. Its arguments and its docstring are its options and their
+help. To add one, write the file and add a line to ``DESCRIPTIONS`` and a name to ``OWN``.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 DESCRIPTIONS = {
     "fit": "Align a model on preference pairs.",
@@ -7,3 +15,10 @@ DESCRIPTIONS = {
     "predict": "Write the implicit rewards of each held-out pair as JSON lines.",
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
 }
+OWN = ("generate",)  # the others are methods of the Trainer
+
+
+def function_of(command: str) -> Callable[..., Any]:
+    """The function of a command of ours, imported when it is needed."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{command}"), command)
+    return function
