@@ -1,4 +1,4 @@
-"""PreferenceDataModule, the ``LightningDataModule``: preference pairs from any source to batches on every rank."""
+"""PreferenceDataModule, the ``LightningDataModule``: loads preference pairs and gives each rank its batches."""
 
 import signal
 from typing import Any
@@ -21,33 +21,34 @@ class PreferenceDataModule(LightningDataModule):
     """Preference pairs for training and for evaluation, tokenized once and cached.
 
     Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, a conversational
-    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Empty,
-    identical and over-long pairs are left out and reported.
+    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Pairs that are
+    empty, identical or too long are left out and reported.
 
     Args:
-        source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of them, ``package:NAME/FOLDER``, or a
-            ``datasets.Dataset``.
-        split: Split to train on; by default ``train_prefs``, or else ``train``.
-        val_source: Source of the held-out pairs; by default that of the training pairs.
-        val_split: Split of the held-out pairs; by default ``test_prefs``, ``validation`` or ``test``.
-        val_size: Hold out this many pairs of the training split instead (a share if below 1), by ``seed``; the pairs of
-            one prompt stay together.
-        max_length: Most tokens of prompt and response together.
-        max_prompt_length: Most tokens of a prompt; a longer one keeps its end.
-        max_response_length: Most tokens of a response; a longer one keeps its beginning.
-        overlong: Whether a pair that is too long is cut (``truncate``) or left out (``drop``).
-        max_responses: Most responses that are taken of a row with a ranked list: the best, the worst, and evenly spread
-            others for objectives of lists. A batch then counts lists.
-        batch_size: Pairs in a training batch of one process.
-        eval_batch_size: Pairs in an evaluation batch; by default ``batch_size``.
-        num_workers: Processes that load batches ahead; 0 loads them in the training process.
-        num_proc: Processes that tokenize; by default the training process alone.
-        shuffle: Whether to train in a new random order each epoch.
-        seed: Seed of the training order and of ``val_size``.
-        tokenizer: Tokenizer, or name of a base model that has one; by default that of the model in training.
+        source: Training data: a hub id; a JSONL, JSON, Parquet or CSV file; a folder of such files;
+            ``package:NAME/FOLDER``; or a ``datasets.Dataset``.
+        split: Split to train on; by default ``train_prefs`` if it exists, else ``train``.
+        val_source: Source of the held-out pairs; by default the same as ``source``.
+        val_split: Split of the held-out pairs; by default the first that exists of ``test_prefs``, ``validation`` and
+            ``test``.
+        val_size: Number of pairs to hold out from the training split, or their share if below 1. ``seed`` determines
+            which. Pairs with the same prompt stay together. Excludes ``val_source`` and ``val_split``.
+        max_length: Maximum number of tokens of the prompt and one response together; ``null`` sets no limit.
+        max_prompt_length: Maximum number of tokens of a prompt. A longer prompt keeps its end.
+        max_response_length: Maximum number of tokens of a response. A longer response keeps its beginning.
+        overlong: What to do with a pair that is too long: ``truncate`` cuts it, ``drop`` leaves it out.
+        max_responses: Maximum number of responses to take from a row with a ranked list: the best, the worst and, for
+            objectives that rank lists, others evenly spaced by rank. Batch sizes then count lists.
+        batch_size: Number of pairs in a training batch of one process.
+        eval_batch_size: Number of pairs in an evaluation batch of one process; by default ``batch_size``.
+        num_workers: Number of processes that load batches in advance; 0 loads them in the training process.
+        num_proc: Number of processes that tokenize; by default only the training process.
+        shuffle: Whether to train in a new random order in each epoch.
+        seed: Seed of the training order and of the choice of held-out pairs by ``val_size``.
+        tokenizer: Tokenizer, or name of a base model that has one; by default the tokenizer of the trained model.
 
     Raises:
-        ValueError: If arguments contradict one another.
+        ValueError: If an argument is outside its range, or if arguments contradict one another.
     """
 
     def __init__(
@@ -91,22 +92,22 @@ class PreferenceDataModule(LightningDataModule):
         self.val_pairs: PairDataset | None = None
         self._resume_at = (-1, 0)
         self._stored_order: dict[str, int | bool] | None = None
-        # Plain values only: a checkpoint with objects in it could not be loaded with weights_only=True.
+        # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
         names = ("source", "val_source", "tokenizer")
         self.save_hyperparameters(ignore=[n for n in names if not isinstance(getattr(self, n), str | None)])
 
     def prepare_data(self) -> None:
-        """Downloads and tokenizes, on one process of each node; the others find the cache filled."""
+        """Downloads and tokenizes on one process per node. The other processes then read from the cache."""
         for line in self._load(trains=self.trainer is None or self.trainer.state.fn == "fit"):
             rank_zero_info(line)
 
     def setup(self, stage: str) -> None:
-        """Takes the tokenized pairs from the cache."""
+        """Loads the tokenized pairs from the cache."""
         if (self.val_pairs is None and stage != "fit") or (stage == "fit" and self.train_pairs is None):
             self._load(trains=stage == "fit")
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
-        """Batches of ``batch_size`` pairs, in the order of (seed, epoch), from where a checkpoint left off."""
+        """Batches of ``batch_size`` pairs, in the order given by (seed, epoch). Resumes where a checkpoint stopped."""
         assert self.train_pairs is not None
         if getattr(self.trainer, "overfit_batches", 0):
             raise ValueError(
@@ -127,7 +128,7 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader(self.train_pairs, sampler)
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
-        """Every held-out pair once."""
+        """Batches that contain every held-out pair once."""
         assert self.val_pairs is not None
         sampler = EvalSampler(self.val_pairs, batch_size=self.eval_batch_size, **self._ranks())
         return self._loader(self.val_pairs, sampler)
@@ -141,21 +142,21 @@ class PreferenceDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data: the epoch, and the batches of it that have been trained on."""
+        """The position in the training data: the epoch, and the number of its batches already trained on."""
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
         epochs = loop.epoch_progress.current
-        finished = epochs.processed == epochs.started  # the batches counted are then those of the epoch before
+        finished = epochs.processed == epochs.started  # then the batch count is still that of the previous epoch
         batches = 0 if finished else loop.epoch_loop.batch_progress.current.processed
         return {**self._order(), "epoch": epochs.processed, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a place in the training data."""
+        """Sets the position in the training data to resume from."""
         self._stored_order = {key: value for key, value in state_dict.items() if key not in ("epoch", "batches")}
         self._resume_at = (state_dict["epoch"], state_dict["batches"])
 
     def _order(self) -> dict[str, int | bool]:
-        """What the order of the training pairs depends on."""
+        """Everything that the order of the training pairs depends on, by name."""
         assert self.train_pairs is not None
         return {
             "number of pairs": len(self.train_pairs),
@@ -165,7 +166,7 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def _load(self, trains: bool) -> list[str]:
-        """Loads the held-out pairs, and those to train on if asked; tells, a line a reason, what was left out."""
+        """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per reason."""
         tokenizer = self._tokenizer()
         report: list[str] = []
         if trains or self.val_size is not None:
@@ -175,7 +176,7 @@ class PreferenceDataModule(LightningDataModule):
             assert self.train_pairs is not None
             self.train_pairs, self.val_pairs = self.train_pairs.carve(self.val_size, self.seed)
             return report
-        # A source of its own may be a single file: then all of it is held out.
+        # A separate val_source may be a single file, with only the split "train": then all of it is held out.
         names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
         try:
             rows, place = load_rows(self.val_source or self.source, self.val_split, names)
@@ -190,7 +191,7 @@ class PreferenceDataModule(LightningDataModule):
         return report + more
 
     def _skips_evaluation(self) -> bool:
-        """Whether this is a fit that was told to evaluate nothing."""
+        """Whether this is a fit without evaluation."""
         trainer = self.trainer
         return trainer is not None and trainer.state.fn == "fit" and trainer.limit_val_batches == 0
 
@@ -216,7 +217,7 @@ class PreferenceDataModule(LightningDataModule):
         return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
 
     def _loader(self, pairs: PairDataset, sampler: PairSampler | EvalSampler) -> DataLoader[PairBatch]:
-        # The sampler yields whole batches, and the data set collates: batch_size=None switches off PyTorch's own.
+        # The sampler yields whole batches and the data set collates them: batch_size=None disables PyTorch's batching.
         return DataLoader(
             pairs,
             sampler=sampler,
@@ -224,12 +225,12 @@ class PreferenceDataModule(LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=_ignore_interrupts if self.num_workers else None,
             persistent_workers=self.num_workers > 0,
-            # An iterator draws a seed: from the global generator it would shift the dropout of a resumed run.
+            # Each iterator draws a seed. Drawn from the global generator, it would change the dropout of a resumed run.
             generator=torch.Generator().manual_seed(self.seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leaves Ctrl-C to the training process, which still needs its workers to finish the step."""
+    """Ignores Ctrl-C in a worker. The training process handles it and still needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

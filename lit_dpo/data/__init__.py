@@ -1,1 +1,1 @@
-"""The way of the data, a file a step: sources, pairs, tokenization, batch; the sampler says which and in what order."""
+"""The data pipeline, one file per step: sources, formats, tokenization, preparation, sampler, batch."""

@@ -1,11 +1,12 @@
-"""TokenizedPairs ──► PairBatch: one flat row of tokens, no padding, each prompt once.
+"""TokenizedPairs ──► PairBatch: one flat row of tokens without padding, with each prompt stored once.
 
-For each pair the row holds prompt, chosen, rejected, and of a ranked list all responses from best to worst. Positions
-restart after the prompt, so a response sees the prompt at the same distance as if it stood alone::
+For each pair the row holds prompt, chosen and rejected response. For a ranked list it holds the prompt and all
+responses from best to worst. Positions of every response continue from the end of the prompt, so each response is at
+the same distance from the prompt as in a row of its own::
 
     token     p0 p1 p2 | c0 c1 c2 c3 | r0 r1 | p0 p1 | ...
     position   0  1  2 |  3  4  5  6 |  3  4 |  0  1 | ...
-    predicts         ╰──► c0 and r0       (the prompt's last token predicts the first of both)
+    predicts         ╰──► c0 and r0       (the prompt's last token predicts the first token of both)
 """
 
 import math
@@ -21,19 +22,19 @@ from lit_dpo.objectives import PairLogps, Responses, TokenStatistics
 
 
 class Segment(NamedTuple):
-    """Lengths, in tokens, of the parts of one pair, or of one ranked list, in the flat row."""
+    """Numbers of tokens of the parts of one pair, or of one ranked list, in the flat row."""
 
     prompt: int
-    responses: tuple[int, ...]  # from best to worst, two for a pair
+    responses: tuple[int, ...]  # from best to worst; two for a pair
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all parts."""
+        """Number of tokens of all parts."""
         return self.prompt + sum(self.responses)
 
 
 class PaddedRows(NamedTuple):
-    """The same as S separate rows, one a response (chosen, rejected, chosen, …), of N tokens, padded on the right."""
+    """A batch as S separate rows of N tokens, one per response (chosen, rejected, …), padded on the right."""
 
     input_ids: Tensor  # (S, N)
     attention_mask: Tensor  # (S, N) 1 on tokens, 0 on padding
@@ -42,18 +43,18 @@ class PaddedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs, with S responses, as one row of T tokens, with R response tokens among them.
+    """P pairs with S responses as one row of T tokens. R of these tokens belong to responses.
 
     Attributes:
         input_ids: Token ids, (T,).
         position_ids: Position of each token in its own conversation, (T,).
-        predictors: For each response token, the index in the row of the token that predicts it, (R,); pairs in order,
-            within each the responses from best to worst.
-        targets: Id of each response token, (R,).
-        scores: The data's own score of each response, (S,); NaN where it has none.
-        segments: Lengths of the parts of each pair, P of them.
-        origins: Source and row number of each pair, P of them.
-        keys: Digest of each pair's token ids, P of them.
+        predictors: For each response token, the index in the row of the token that predicts it, (R,). Pairs are in
+            order; within a pair, responses go from best to worst.
+        targets: Id of each response token, (R,), in the same order.
+        scores: Score of each response in the data, (S,); NaN where the data has none.
+        segments: Lengths of the parts of each pair, P entries.
+        origins: Source and row number of each pair, P entries.
+        keys: Digest of each pair's token ids, P entries.
     """
 
     input_ids: Tensor
@@ -67,7 +68,7 @@ class PairBatch:
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> Self:
-        """Lays P pairs out, in their order."""
+        """Builds the flat row of P pairs, in the given order."""
         ids: list[int] = []
         positions: list[int] = []
         predictors: list[int] = []
@@ -100,11 +101,11 @@ class PairBatch:
 
     @property
     def response_lengths(self) -> tuple[int, ...]:
-        """Tokens of each response, in the order of ``targets``, S of them."""
+        """Number of tokens of each response, S entries, in the order of ``targets``."""
         return tuple(length for segment in self.segments for length in segment.responses)
 
     def pairs(self) -> list[TokenizedPair]:
-        """The pairs that were laid out."""
+        """Rebuilds the pairs from the flat row."""
         found, start, response = [], 0, 0
         for segment, (source, row) in zip(self.segments, self.origins, strict=True):
             parts = self.input_ids[start : start + segment.num_tokens].split((segment.prompt, *segment.responses))
@@ -116,7 +117,7 @@ class PairBatch:
         return found
 
     def sum_responses(self, logps: Tensor, statistics: TokenStatistics | None = None) -> PairLogps:
-        """Sums of the response tokens' log-probs (R,), by response."""
+        """Sums the log-probs of response tokens, (R,), over each response."""
         counts = tuple(len(segment.responses) for segment in self.segments)
         responses = Responses(logps, self.response_lengths, counts, self.scores, statistics)
         lengths = torch.tensor(self.response_lengths, device=logps.device)
@@ -131,7 +132,7 @@ class PairBatch:
         return self._map(Tensor.pin_memory)
 
     def padded(self, pad_token_id: int = 0) -> PaddedRows:
-        """The same pairs as separate padded rows, for architectures that cannot take the flat row."""
+        """The same pairs as separate padded rows, for architectures that do not support the flat row."""
         rows: list[Tensor] = []
         masks: list[Tensor] = []
         start = 0

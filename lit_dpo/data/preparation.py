@@ -1,4 +1,4 @@
-"""Rows ──► tokenized pairs on disk: read, tokenized and truncated once, with an account of what was left out."""
+"""Rows ──► tokenized pairs on disk. Rows are read, tokenized and truncated once; left-out pairs are reported."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from lit_dpo.files.console import library_bars
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-FORMAT_VERSION = 3  # raise it when the meaning of the cached columns changes
+FORMAT_VERSION = 3  # increment when the meaning of the cached columns changes
 
 
 class PairDataset(torch.utils.data.Dataset[PairBatch]):
-    """Tokenized pairs; a list of indices gives a batch.
+    """Tokenized pairs. Indexing with a list of indices gives a batch.
 
     Args:
-        columns: The cached data set, with the columns of ``columns_of_the_cache``.
-        indices: Which of its rows, in which order.
-        source: Where the pairs came from, for messages.
+        columns: The cached data set. Its columns are those of ``columns_of_the_cache``.
+        indices: Row numbers of the pairs in ``columns``, in the order to use.
+        source: Name of the data source, for messages.
     """
 
     def __init__(self, columns: "Dataset", indices: Sequence[int], source: str) -> None:
@@ -43,19 +43,19 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         return PairBatch.from_pairs([self.pair(index) for index in indices])
 
     def pair(self, index: int) -> TokenizedPair:
-        """One tokenized pair."""
+        """The tokenized pair at ``index``."""
         row = self.columns[self.indices[index]]
         parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
         return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]))
 
     def require_scores(self, reader: str) -> None:
-        """Checks that every pair has scores, and that the chosen response's is not below the rejected one's.
+        """Checks that every pair has scores, and that the chosen score is not below the rejected score.
 
         Args:
-            reader: Name of the objective that uses them, for the message.
+            reader: Name of the objective that uses the scores, for the message.
 
         Raises:
-            ValueError: If one has none, or they contradict it.
+            ValueError: If a pair has no scores, or if its rejected response has the higher score.
         """
         everything = range(len(self))
         for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
@@ -71,11 +71,11 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
                 )
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
-        """``TokenizedPair.key`` of some pairs, without reading their tokens."""
+        """``TokenizedPair.key`` of the pairs at ``indices``. Their tokens are not read."""
         return self._column("key", indices)
 
     def num_tokens(self, indices: Sequence[int]) -> list[int]:
-        """Tokens of some pairs, prompt and responses."""
+        """Number of tokens, prompt and responses together, of each of the pairs at ``indices``."""
         return self._column("num_tokens", indices)
 
     def _column(self, name: str, indices: Sequence[int]) -> list[Any]:
@@ -83,15 +83,19 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         return self.columns.data.column(name).take(rows).to_pylist()  # type: ignore[no-any-return]
 
     def prompt(self, index: int) -> tuple[str, list[int]]:
-        """The last user turn of one pair's prompt, as it was written, and the token ids of the whole prompt."""
+        """The text of the last user turn in a pair's prompt, and the token ids of the whole prompt."""
         row = self.columns[self.indices[index]]
         return row["question"], row["prompt"]
 
     def carve(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
-        """Splits off ``size`` pairs (a share if below 1), never parting the pairs of one prompt.
+        """Splits off ``size`` pairs at random. Pairs with the same prompt stay together.
+
+        Args:
+            size: Number of pairs to split off, or their share if below 1.
+            seed: Seed of the random choice.
 
         Returns:
-            What is left, and what was split off.
+            The remaining pairs, and the pairs that were split off.
 
         Raises:
             ValueError: If either part would be empty.
@@ -119,7 +123,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
 
 def columns_of_the_cache() -> "Features":
-    """The columns of the cached data set."""
+    """Names and types of the columns of the cached data set."""
     from datasets import Features, Value
     from datasets import Sequence as ListOf
 
@@ -129,12 +133,12 @@ def columns_of_the_cache() -> "Features":
             "chosen": ListOf(Value("int32")),
             "rejected": ListOf(Value("int32")),
             "between": ListOf(ListOf(Value("int32"))),  # the other responses of a ranked list
-            "scores": ListOf(Value("float64")),  # the data's own scores, from best to worst response, or none
-            "question": Value("string"),  # the last user turn, as written
+            "scores": ListOf(Value("float64")),  # the data's scores, from best to worst response; empty if none
+            "question": Value("string"),  # text of the last user turn
             "row": Value("int64"),
             "num_tokens": Value("int32"),
             "key": Value("binary"),  # TokenizedPair.key
-            "reason": Value("string"),  # why the pair is left out, or ""
+            "reason": Value("string"),  # why the pair is left out; "" if it is kept
         }
     )
 
@@ -148,25 +152,25 @@ def prepare_pairs(
     max_responses: int = 2,
     progress_bar: bool = True,
 ) -> tuple[PairDataset, list[str]]:
-    """Tokenizes all rows, or takes them from the cache, and leaves out what cannot be trained on.
+    """Tokenizes all rows, or loads them from the cache, and leaves out pairs that cannot be trained on.
 
-    The cache's key is made of the rows' own fingerprint, the tokenizer with its chat template, the truncation, and the
-    version of the format: what the columns depend on, and nothing else.
+    The cache key contains everything that the columns depend on, and nothing else: the fingerprint of the rows, the
+    tokenizer with its chat template, the truncation, ``max_responses`` and the version of the cache format.
 
     Args:
         rows: The rows.
-        source: Where they came from, for messages.
+        source: Name of the data source, for messages.
         tokenizer: Tokenizer with a chat template.
-        truncation: How long a pair may be.
-        num_proc: Processes that tokenize; None for this one.
-        max_responses: Most responses to take from a ranked list.
-        progress_bar: Whether to show one.
+        truncation: Length limits, and what to do with longer pairs.
+        num_proc: Number of processes that tokenize; None tokenizes in this process.
+        max_responses: Maximum number of responses to take from a ranked list.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
-        The pairs, and one line for each reason that left some out.
+        The pairs, and one line of text for each reason for which pairs were left out.
 
     Raises:
-        ValueError: If a row is in no known format, naming the row, or if no pair is left.
+        ValueError: If a row has no known format (the message names the row), or if no pair is left.
     """
     key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(tokenizer), asdict(truncation), max_responses])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -211,11 +215,11 @@ def _prepare_row(
     truncation: Truncation,
     max_responses: int,
 ) -> dict[str, Any]:
-    """One row of the cached data set."""
+    """Turns one source row into one row of the cached data set."""
     try:
         pair = read_pair(row, max_responses)
         result = pair if isinstance(pair, str) else truncation(tokenize(pair, tokenizer))
-    except ValueError as error:  # a RowError, or a template that does not take these messages
+    except ValueError as error:  # a RowError, or a chat template that rejects these messages
         raise ValueError(f"{source}, row {index}: {str(error).rstrip('.')}.") from error
     if isinstance(pair, str) or isinstance(result, str):
         result, question, reason = TokenizedPair([], [], []), "", str(result)
@@ -236,7 +240,7 @@ def _prepare_row(
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer's output depends on."""
+    """A digest of everything that the tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [type(tokenizer).__name__, model, str(tokenizer.chat_template), str(tokenizer.eos_token)]

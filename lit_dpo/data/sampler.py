@@ -1,4 +1,4 @@
-"""Which pairs, in which order, on which rank: a pure function of (seed, epoch, position)."""
+"""Samplers: which pairs each rank gets, and in which order. The order depends only on (seed, epoch, position)."""
 
 from collections.abc import Iterator, Sequence, Sized
 
@@ -10,18 +10,18 @@ from torch.utils.data import DistributedSampler
 class PairSampler(DistributedSampler[list[int]]):
     """Yields the indices of one rank's batches.
 
-    Each epoch's order is a permutation by ``(seed, epoch)``. Global batch k is the k-th run of
-    ``num_replicas * batch_size`` pairs of it, and each rank takes its own share: so two ranks with ``batch_size`` B
-    train on what one process with 2·B trains on. The shares have as many tokens each as can be, for the ranks wait for
-    one another. A last, incomplete global batch is left out; the permutation leaves out other pairs each epoch. Being a
-    ``DistributedSampler``, it is not replaced by Lightning's own.
+    ``(seed, epoch)`` determines the permutation of the pairs in each epoch. The permutation is cut into global batches
+    of ``num_replicas * batch_size`` consecutive pairs, and each rank takes its share of every global batch. Two ranks
+    with ``batch_size`` B therefore train on the same pairs as one process with 2·B. Shares have nearly equal numbers of
+    tokens, because ranks wait for each other. An incomplete last global batch is left out; with shuffling, other pairs
+    are left out in each epoch. Lightning does not replace this sampler, because it is a ``DistributedSampler``.
 
     Args:
-        dataset: The pairs; their number matters, and on several ranks their ``num_tokens``, if they tell them.
-        batch_size: Pairs in a batch of one rank.
+        dataset: The pairs. The sampler uses their number and, on several ranks, their ``num_tokens`` if available.
+        batch_size: Number of pairs in a batch of one rank.
         num_replicas: Number of ranks.
-        rank: This rank.
-        shuffle: Whether to permute.
+        rank: Index of this rank.
+        shuffle: Whether to permute the pairs.
         seed: Seed of the permutations.
 
     Raises:
@@ -41,7 +41,7 @@ class PairSampler(DistributedSampler[list[int]]):
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.num_pairs = len(dataset)
         self.batch_size = batch_size
-        self.resume_at = (-1, 0)  # epoch and batches of it that are done
+        self.resume_at = (-1, 0)  # an epoch, and the number of its batches already done
         if len(self) == 0:
             raise ValueError(
                 f"{self.num_pairs} training pairs do not fill one batch of data.batch_size={batch_size} on "
@@ -49,11 +49,11 @@ class PairSampler(DistributedSampler[list[int]]):
             )
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Number of batches in a whole epoch."""
         return self.num_pairs // (self.batch_size * self.num_replicas)
 
     def order(self, epoch: int) -> Tensor:
-        """All pairs, in the order of an epoch; every ``num_replicas * batch_size`` of them are a global batch."""
+        """All pairs in the order of an epoch. Each run of ``num_replicas * batch_size`` pairs is a global batch."""
         if not self.shuffle:
             return torch.arange(self.num_pairs)
         return torch.randperm(self.num_pairs, generator=torch.Generator().manual_seed(self.seed + epoch))
@@ -71,7 +71,9 @@ class PairSampler(DistributedSampler[list[int]]):
 
 
 def share(pairs: Sequence[int], num_tokens: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Deals pairs out in shares of as many pairs and, as near as can be, as many tokens: longest first.
+    """Splits pairs into shares of equal numbers of pairs and nearly equal numbers of tokens.
+
+    Greedy: from longest to shortest, each pair goes to the share that has the fewest tokens and still has room.
 
     Example:
         >>> share([0, 1, 2, 3], num_tokens=[90, 80, 20, 10], num_shares=2)
@@ -88,13 +90,13 @@ def share(pairs: Sequence[int], num_tokens: Sequence[int], num_shares: int) -> l
 
 
 class EvalSampler(DistributedSampler[list[int]]):
-    """Yields every pair once, in order, over all ranks; the last batches may be shorter. No pair is repeated.
+    """Yields every pair exactly once, in order, over all ranks. The last batch of a rank may be shorter.
 
     Args:
-        dataset: The pairs; only their number matters.
-        batch_size: Most pairs in a batch.
+        dataset: The pairs. Only their number is used.
+        batch_size: Maximum number of pairs in a batch.
         num_replicas: Number of ranks.
-        rank: This rank.
+        rank: Index of this rank.
 
     Raises:
         ValueError: If there are fewer pairs than ranks.
@@ -108,7 +110,7 @@ class EvalSampler(DistributedSampler[list[int]]):
         self.indices = range(rank, len(dataset), num_replicas)
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Number of batches on this rank."""
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:

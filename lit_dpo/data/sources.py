@@ -1,4 +1,4 @@
-"""A hub id, a file, a folder, an in-memory data set ──► rows, as a ``datasets.Dataset``."""
+"""A hub id, a file, a folder or an in-memory data set ──► rows, as a ``datasets.Dataset``."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from lit_dpo.files.packages import locate
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# A datasets.Dataset. The library takes over a second to import, so it is imported only where rows are read.
+# A datasets.Dataset. Importing the library takes over a second, so it is imported only where rows are read.
 Rows: TypeAlias = Any
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_SPLITS = ("train_prefs", "train")
@@ -17,25 +17,26 @@ EVAL_SPLITS = ("test_prefs", "validation", "test")
 
 
 class SplitNotFoundError(ValueError):
-    """The source is there, but it has no such split."""
+    """The source exists, but it does not have the requested split."""
 
 
 def load_rows(source: str | Rows, split: str | None, defaults: tuple[str, ...]) -> tuple["Dataset", str]:
-    """Loads the rows of one split, and names it for messages.
+    """Loads the rows of one split. Also returns a name of the source and split, for messages.
 
     Args:
-        source: Hub id, a JSONL, JSON, Parquet or CSV file, a folder of such files (each file's name, up to a first
-            ``-``, is its split) or of ``Dataset.save_to_disk``, ``package:NAME/FOLDER``, or a data set in memory.
-        split: Name of the split; None takes the first of ``defaults`` that is there. A single file has one split,
+        source: A hub id; a JSONL, JSON, Parquet or CSV file; a folder of such files, where the name of a file before
+            ``-`` and a digit is its split; a folder written by ``Dataset.save_to_disk``; ``package:NAME/FOLDER``; or a
+            data set in memory.
+        split: Name of the split. None takes the first of ``defaults`` that exists. A single file has one split,
             ``train``.
-        defaults: Names to look for when ``split`` is None.
+        defaults: Names of splits to try, in order, when ``split`` is None.
 
     Raises:
         FileNotFoundError: If the path does not exist or holds no readable file.
-        SplitNotFoundError: If there is no such split.
+        SplitNotFoundError: If the source has no such split.
         ValueError: If a file cannot be read.
         ConnectionError: If the hub cannot be reached.
-        TypeError: If the source is neither a name nor a ``datasets.Dataset``.
+        TypeError: If the source is neither a string nor a ``datasets.Dataset``.
     """
     available: Any = _open(source) if isinstance(source, str) else {"train": _checked(source)}
     for name in (split,) if split is not None else defaults:
@@ -53,10 +54,10 @@ def describe(source: str | Rows) -> str:
 
 
 def _checked(source: Rows) -> "Dataset":
-    """A data set in memory, unchanged.
+    """Returns an in-memory data set unchanged.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If ``source`` is not a ``datasets.Dataset``.
     """
     from datasets import Dataset
 
@@ -69,7 +70,7 @@ def _checked(source: Rows) -> "Dataset":
 
 
 def _open(source: str) -> Any:
-    """The splits of a source: a DatasetDict, or for files a mapping of split names to their files."""
+    """The splits of a source: a DatasetDict, or a dict from split names to data sets or to lists of files."""
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 

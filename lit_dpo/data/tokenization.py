@@ -1,4 +1,4 @@
-"""PreferencePair ──► TokenizedPair: the chat template rendered once, one boundary, one rule of truncation."""
+"""PreferencePair ──► TokenizedPair: chat template, boundary between prompt and response, and truncation."""
 
 import hashlib
 import itertools
@@ -17,15 +17,15 @@ Overlong: TypeAlias = Literal["truncate", "drop"]
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of a pair, or of a ranked list. All responses follow the very same prompt ids."""
+    """Token ids of a pair, or of a ranked list. All responses share the same prompt ids."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    source: str = ""  # where the pair came from, for messages
-    row: int = -1  # counted from 0 in the source
-    between: tuple[list[int], ...] = ()  # of a ranked list what lies between best and worst, in order
-    scores: tuple[float, ...] = ()  # the data's own, from best to worst; empty where it has none
+    source: str = ""  # name of the data source, for messages
+    row: int = -1  # row number in the source, counted from 0
+    between: tuple[list[int], ...] = ()  # ranked list: responses between best and worst, in order
+    scores: tuple[float, ...] = ()  # the data's scores, from best to worst; empty if it has none
 
     @property
     def responses(self) -> tuple[list[int], ...]:
@@ -34,12 +34,12 @@ class TokenizedPair:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and responses."""
+        """Number of tokens of the prompt and all responses."""
         return len(self.prompt) + sum(map(len, self.responses))
 
     @property
     def key(self) -> bytes:
-        """A digest of the parts' token ids, 16 bytes: all that log-probs depend on besides the model."""
+        """A 16-byte digest of the token ids. Besides the model, log-probs depend on nothing else."""
         parts = (self.prompt, *self.responses)
         ids = array("q", [*map(len, parts), *itertools.chain(*parts)])
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
@@ -47,17 +47,17 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How long a pair may be, in tokens, and what happens to one that is longer.
+    """Length limits of a pair, in tokens, and what happens to longer pairs.
 
-    A prompt keeps its *last* ``max_prompt_length`` tokens, the question being at its end. A response keeps its *first*
-    tokens, up to ``max_response_length`` and up to what the prompt leaves of ``max_length``. A prompt that leaves no
-    room for a single response token drops the pair. With ``overlong="drop"`` every pair that would be cut is dropped.
+    A prompt keeps its *last* ``max_prompt_length`` tokens, because the question is at its end. A response keeps its
+    *first* tokens, at most ``max_response_length``, and only as many as fit into ``max_length`` after the prompt. If no
+    response token fits, the pair is dropped. With ``overlong="drop"``, every pair that would be cut is dropped.
 
     Args:
-        max_length: Most tokens of prompt and response together.
-        max_prompt_length: Most tokens of the prompt.
-        max_response_length: Most tokens of a response.
-        overlong: Whether to cut what is too long or to drop the pair.
+        max_length: Maximum number of tokens of the prompt and one response together; None sets no limit.
+        max_prompt_length: Maximum number of tokens of the prompt; None sets no limit.
+        max_response_length: Maximum number of tokens of a response; None sets no limit.
+        overlong: What to do with a pair that is too long: ``truncate`` cuts it, ``drop`` leaves it out.
     """
 
     max_length: int | None = 1024
@@ -74,7 +74,7 @@ class Truncation:
             raise ValueError(f"data.overlong must be 'truncate' or 'drop', not {self.overlong!r}.")
 
     def __call__(self, pair: TokenizedPair) -> TokenizedPair | str:
-        """Applies the rule: the pair, perhaps shorter, or the reason to leave it out."""
+        """Returns the pair, truncated if necessary, or the reason to leave it out."""
         prompt = pair.prompt if self.max_prompt_length is None else pair.prompt[-self.max_prompt_length :]
         room = [limit for limit in (self.max_response_length,) if limit is not None]
         if self.max_length is not None:
@@ -94,15 +94,16 @@ class Truncation:
 
 
 def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> TokenizedPair:
-    """Renders prompt and responses with the chat template and tokenizes them, uncut.
+    """Renders prompt and responses with the chat template and tokenizes them without truncation.
 
-    A response's ids are those of the whole conversation after the prompt's ids, where these are its beginning, as
-    nearly always. Where a token would straddle the boundary, prompt and response are tokenized apart, so that the
-    boundary is a token boundary and all responses share the prompt's ids. The tokenizer's EOS token is appended only
-    where the template writes nothing after the answer.
+    Prompt and whole conversation are tokenized. Nearly always the ids of the conversation begin with those of the
+    prompt, and the rest are the ids of the response. Otherwise a token straddles the boundary; then prompt and response
+    are tokenized separately. So all responses share the prompt's ids. The tokenizer's EOS token is appended only if the
+    template writes nothing after the answer.
 
     Raises:
-        ValueError: If the chat template refuses the messages, or does not begin a conversation with its own prompt.
+        ValueError: If the chat template rejects the messages, or if the rendered conversation does not begin with the
+            rendered prompt.
     """
 
     def render(*answer: dict[str, object], generate: bool = False) -> str:
@@ -120,8 +121,8 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         generation = render(generate=True)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
-    # A template may open the answer differently when it generates (a thinking tag, say): then the prompt ends where
-    # prompt and all conversations part, but never before the end of the last user turn.
+    # With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
+    # is the common prefix of the generation text and all conversations. It must contain the whole last user turn.
     prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
     if prompt_text != generation and not prompt_text.startswith(render()):
         raise ValueError(

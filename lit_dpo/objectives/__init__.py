@@ -1,4 +1,4 @@
-"""Preference objectives: functions of log-probs, one family of the literature a file. Imports torch alone."""
+"""Preference objectives as functions of log-probs: one file per family in the literature. Imports only torch."""
 
 from lit_dpo.objectives.anchored import APODown, APOZero, BCOPair, NCAPair, SPPOHard
 from lit_dpo.objectives.base import (

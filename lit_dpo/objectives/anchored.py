@@ -1,4 +1,4 @@
-"""Losses that hold the reward of each response, not only their difference, against an anchor."""
+"""Losses that compare the reward of each response with an anchor, not only the two rewards with each other."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ class NCAPair(LogRatioObjective):
         ValueError: If ``beta`` is not positive.
 
     References:
-        Chen et al. 2024, arXiv:2402.05369, Section 4.1 with two responses and hard labels; β of its Appendix C.
+        Chen et al. 2024, arXiv:2402.05369, Section 4.1 for two responses and hard labels; default β from Appendix C.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -37,21 +37,22 @@ class NCAPair(LogRatioObjective):
 
 
 class BCOPair(LogRatioObjective):
-    """BCO on pairs: a binary classifier of chosen and rejected responses, whose logit is the reward less a shift δ.
+    """BCO on pairs: a binary classifier of chosen and rejected responses. Its logit is the reward minus a shift δ.
 
-    δ is the mean reward of all responses trained on in the optimizer steps before, over all processes: it starts at 0,
-    as the rewards do, and does not depend on how a step is divided into batches. It is kept in checkpoints; evaluation
-    uses it and does not move it.
+    δ is the mean reward of all responses in all previous optimizer steps, over all processes. It starts at 0, as the
+    rewards do. It does not depend on how a step is divided into batches. Checkpoints store it. Evaluation uses it but
+    does not update it.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        shift: ``running``, the paper's; ``none`` is what TRL calls ``bco_pair``.
+        shift: ``running`` subtracts the running mean reward δ, as in the paper. ``none`` subtracts nothing, as TRL's
+            ``bco_pair`` does.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Jung et al. 2024, arXiv:2404.04656, Section 4, with β of its Appendix C.
+        Jung et al. 2024, arXiv:2404.04656, Section 4; default β from Appendix C.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -67,13 +68,13 @@ class BCOPair(LogRatioObjective):
         if shift not in ("running", "none"):
             raise ValueError(f"objective.shift must be 'running' or 'none', not {shift!r}.")
         self.shift = shift
-        if shift == "running":  # sum and number of log-ratios: of all steps that are done, and of the one that is not
+        if shift == "running":  # sum and count of log-ratios: over all finished steps, and over the current step
             self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
             self.register_buffer("step", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     @property
     def delta(self) -> Tensor | float:
-        """The reward that lies between good and bad."""
+        """The shift δ: the reward at which the classifier is undecided."""
         return self.beta * self.seen[0] / self.seen[1].clamp(min=1) if self.shift == "running" else 0.0
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -85,7 +86,7 @@ class BCOPair(LogRatioObjective):
         return -logsigmoid(chosen - self.delta) - logsigmoid(self.delta - rejected)
 
     def end_step(self, kept: bool = True) -> None:
-        """Moves δ, by the rewards of all processes."""
+        """Updates δ with the rewards of all processes."""
         if self.shift == "none":
             return
         if kept:
@@ -96,16 +97,17 @@ class BCOPair(LogRatioObjective):
 
 
 class SPPOHard(LogRatioObjective):
-    """SPPO with hard labels: the log-ratio of the winner is to be 1/(2β), that of the loser -1/(2β).
+    """SPPO with hard labels: the target log-ratio is 1/(2β) for the winner and -1/(2β) for the loser.
 
     Args:
-        beta: Strength of the pull towards the reference, 1/η of the paper; positive.
+        beta: Strength of the pull towards the reference (the paper's 1/η); positive.
 
     Raises:
         ValueError: If ``beta`` is not positive.
 
     References:
-        Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with P = 1 for the winner and 0 for the loser, and its η = 1e3.
+        Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with P = 1 for the winner and 0 for the loser; default β from its
+        η = 1e3.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -124,7 +126,9 @@ class SPPOHard(LogRatioObjective):
 
 
 class APOZero(LogRatioObjective):
-    """APO-zero: raises the chosen and lowers the rejected response, where chosen ones are better than the policy's own.
+    """APO-zero: raises the reward of the chosen response and lowers that of the rejected one.
+
+    It is meant for data whose chosen responses are better than the policy's own.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
@@ -133,7 +137,8 @@ class APOZero(LogRatioObjective):
         ValueError: If ``beta`` is not positive.
 
     References:
-        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, plus the constant 1, so that it is never negative; its β.
+        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, plus 1, so that the loss is never negative; default β
+        from the paper.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -148,7 +153,9 @@ class APOZero(LogRatioObjective):
 
 
 class APODown(LogRatioObjective):
-    """APO-down: lowers both responses, the rejected one more, where chosen ones are worse than the policy's own.
+    """APO-down: lowers the rewards of both responses, that of the rejected one more.
+
+    It is meant for data whose chosen responses are worse than the policy's own.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
@@ -157,7 +164,8 @@ class APODown(LogRatioObjective):
         ValueError: If ``beta`` is not positive.
 
     References:
-        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8, plus the constant 1, so that it is never negative; its β.
+        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8, plus 1, so that the loss is never negative; default β
+        from the paper.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])

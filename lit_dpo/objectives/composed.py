@@ -1,4 +1,4 @@
-"""Objectives made of others: weighted mixtures, and changes to the log-probs or the weights that another one sees."""
+"""Objectives built from others: mixtures, and wrappers that change the log-probs or weight the pairs."""
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,18 @@ from lit_dpo.objectives.reference_free import SFT
 
 
 class Mixture(Objective):
-    """A weighted sum of objectives. Implicit rewards are those of the first.
+    """A weighted sum of objectives. Its implicit rewards are those of the first objective.
 
     Args:
-        objectives: Which ones; by default MPO's: ``Sigmoid``, ``BCOPair`` with the same β, ``SFT``.
-        weights: A weight for each, 0 or more; by default MPO's 0.8, 0.2 and 1.0, or 1 each of others.
+        objectives: The objectives to add up; by default MPO's: ``Sigmoid``, ``BCOPair`` with the same β, and ``SFT``.
+        weights: One weight per objective, each 0 or more. By default MPO's 0.8, 0.2 and 1.0 for the default objectives,
+            and 1 each for given ones.
 
     Raises:
-        ValueError: If there is not one weight for each, or one is negative.
+        ValueError: If there are no objectives, if their number is not that of the weights, or if a weight is negative.
 
     References:
-        Wang et al. 2024, arXiv:2411.10442 (MPO), with its weights.
+        Wang et al. 2024, arXiv:2411.10442 (MPO); default weights from the paper.
 
     Example:
         >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
@@ -49,7 +50,7 @@ class Mixture(Objective):
         self.pairwise = all(part.pairwise for part in objectives)
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
-        """Those of the first objective."""
+        """The implicit rewards of the first objective."""
         rewards: Rewards = self.objectives[0].rewards(policy, reference)  # type: ignore[operator]
         return rewards
 
@@ -59,25 +60,25 @@ class Mixture(Objective):
         return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(0)
 
     def end_step(self, kept: bool = True) -> None:
-        """Tells each."""
+        """Ends the step in each objective."""
         for objective in self.objectives:
             objective.end_step(kept)  # type: ignore[operator]
 
 
 class RPO(Mixture):
-    """Iterative RPO: DPO, and supervised fine-tuning on the chosen response, per token, with the weight α.
+    """Iterative RPO: DPO plus α times supervised fine-tuning, averaged per token, on the chosen response.
 
-    The paper puts α on DPO's term instead; at its value, 1, both are the same.
+    The paper puts α on the DPO term instead. At the paper's value, α = 1, both are the same.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        alpha: Weight of the fine-tuning; 0 or more.
+        alpha: Weight of the fine-tuning term; 0 or more.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Pang et al. 2024, arXiv:2404.19733, Eq. 1, with its β and α.
+        Pang et al. 2024, arXiv:2404.19733, Eq. 1; default β and α from the paper.
 
     Example:
         >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))
@@ -92,10 +93,10 @@ class RPO(Mixture):
 
 
 class Wrapper(Objective):
-    """An objective around another one, with all that the other asks for.
+    """An objective that wraps another one. It needs and supports what the wrapped objective does.
 
     Args:
-        objective: The other one; by default ``Sigmoid``.
+        objective: The wrapped objective; by default ``Sigmoid``.
     """
 
     def __init__(self, objective: Objective | None = None) -> None:
@@ -105,10 +106,13 @@ class Wrapper(Objective):
             setattr(self, name, getattr(self.objective, name))
 
     def require_pairwise(self, what: str) -> None:
-        """Refuses objectives whose losses do not belong to one pair of responses each.
+        """Checks that each loss of the wrapped objective belongs to a single pair of responses.
+
+        Args:
+            what: What the wrapper computes for each pair, for the message.
 
         Raises:
-            ValueError: Saying why ``what`` would have no meaning.
+            ValueError: If the objective mixes pairs, or ranks lists.
         """
         name = type(self.objective).__name__
         if not self.pairwise:
@@ -122,28 +126,31 @@ class Wrapper(Objective):
             )
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
-        """Those of the objective inside."""
+        """The implicit rewards of the wrapped objective."""
         return self.objective.rewards(policy, reference)
 
     def end_step(self, kept: bool = True) -> None:
-        """Tells the objective inside."""
+        """Ends the step in the wrapped objective."""
         self.objective.end_step(kept)
 
 
 class WPO(Wrapper):
-    """WPO: pairs weigh as much as their responses are like the policy's own, so that old data counts as if on-policy.
+    """WPO: weights each pair by how likely the policy is to write its two responses.
 
-    The weight of a response is exp of the mean over its tokens of log p(token) - log Σ p², without a gradient; that of
-    a pair the product of both. The weights are of all tokens, whatever ``LDDPO`` inside does to the log-probs.
+    This makes off-policy data act more like on-policy data.
+
+    Per token, take log p(token) - log Σ p². The weight of a response is the exponential of the mean over its tokens.
+    The weight of a pair is the product of its two weights. Weights carry no gradient. They count every token fully,
+    even if the wrapped objective is ``LDDPO``, which changes the log-probs.
 
     Args:
-        objective: The objective that is weighted; by default ``Sigmoid``.
+        objective: The objective to weight; by default ``Sigmoid``.
 
     Raises:
-        ValueError: If the objective's losses are not of single pairs.
+        ValueError: If a loss of the objective does not belong to a single pair of responses.
 
     References:
-        Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with its sampled alignment.
+        Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with sampled alignment.
     """
 
     def __init__(self, objective: Objective | None = None) -> None:
@@ -159,7 +166,7 @@ class WPO(Wrapper):
         """The weight of each pair, (P,), without a gradient.
 
         Raises:
-            ValueError: If the policy does not tell statistics of its tokens.
+            ValueError: If the policy's log-probs come without token statistics.
         """
         responses = policy.responses
         if responses is None or responses.statistics is None:
@@ -170,17 +177,18 @@ class WPO(Wrapper):
 
 
 class LDDPO(Wrapper):
-    """LD-DPO: tokens beyond the length that both responses share weigh α instead of 1, in policy and reference.
+    """LD-DPO: scales the log-probs of tokens beyond the shorter response's length by α, for policy and reference.
 
-    Objectives that average over a response still divide by the number of all its tokens.
+    Objectives that average over a response still divide by its full number of tokens.
 
     Args:
-        alpha: In [0, 1]; 1 changes nothing, 0 leaves those tokens out. The paper tunes it for each model; this default
-            is the middle of its range.
-        objective: The objective that sees these log-probs; by default ``Sigmoid``. To be weighted too: WPO around this.
+        alpha: Weight of the tokens by which the longer response exceeds the shorter one, in [0, 1]. 1 changes nothing;
+            0 leaves these tokens out. The paper tunes it for each model; the default is the middle of the range.
+        objective: The objective that gets the changed log-probs; by default ``Sigmoid``. To weight the pairs as well,
+            wrap ``LDDPO`` in ``WPO``.
 
     Raises:
-        ValueError: If α is outside its range, or the objective's losses are not of pairs.
+        ValueError: If α is outside its range, or if the objective uses token statistics or ranks lists.
 
     References:
         Liu et al. 2024, arXiv:2409.06411.
@@ -203,7 +211,7 @@ class LDDPO(Wrapper):
         self.alpha = within("alpha", alpha, 0, 1, "[]")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
-        """Those of the objective inside."""
+        """The implicit rewards of the wrapped objective, for the changed log-probs."""
         return self.objective.rewards(self.shortened(policy), self.shortened(reference))
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -211,10 +219,10 @@ class LDDPO(Wrapper):
         return self.objective(self.shortened(policy), self.shortened(reference))
 
     def shortened(self, logps: PairLogps) -> PairLogps:
-        """The log-probs with the weight α on what one response is longer than the other.
+        """The log-probs, with weight α on the tokens beyond the length of the shorter response.
 
         Raises:
-            ValueError: If they do not come token by token.
+            ValueError: If there are no log-probs per token, or if there are ranked lists.
         """
         if logps.responses is None:
             raise ValueError("LDDPO needs log-probs token by token: PairLogps.responses.")
@@ -227,7 +235,7 @@ class LDDPO(Wrapper):
 
 
 def _weights(responses: Responses, alpha: float) -> Tensor:
-    """1 for each token up to the length that both responses of its pair have, α beyond it, (R,)."""
+    """The weight of each token, (R,): 1 up to the length of the shorter response of its pair, α beyond it."""
     weights: list[float] = []
     for chosen, rejected in zip(responses.lengths[0::2], responses.lengths[1::2], strict=True):
         shared = min(chosen, rejected)

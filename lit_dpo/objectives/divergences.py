@@ -1,6 +1,6 @@
-"""f-divergences that hold the policy to the reference: DPO's log-ratio is the case of the reverse KL divergence.
+"""f-divergences that keep the policy close to the reference. DPO uses the reverse KL divergence.
 
-Each gives f'(u) at u = π/π_ref as a function of log u, up to a constant, which cancels in the margin.
+Each class gives f'(u) at u = π/π_ref as a function of log u, up to a constant. The constant cancels in the margin.
 """
 
 import math
@@ -12,11 +12,11 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.objectives.base import within
 
-LARGEST_EXPONENT = 80.0  # beyond it exp overflows float32, and the gradient is taken to be 0
+LARGEST_EXPONENT = 80.0  # exponents are clamped here, before exp overflows float32; the gradient beyond is 0
 
 
 class Divergence(ABC):
-    """The derivative of an f-divergence.
+    """The derivative f' of an f-divergence.
 
     References:
         Wang et al. 2023, arXiv:2309.16240 (f-DPO), Table 1.
@@ -24,7 +24,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def __call__(self, log_ratios: Tensor) -> Tensor:
-        """f'(u) of log u, elementwise, up to a constant."""
+        """f'(u), given log u: elementwise, up to a constant."""
 
     def __repr__(self) -> str:
         parameters = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -32,7 +32,7 @@ class Divergence(ABC):
 
 
 class ReverseKL(Divergence):
-    """KL(π‖π_ref), f'(u) = log u (+ 1): that of DPO.
+    """KL(π‖π_ref), f'(u) = log u (+ 1), as in DPO.
 
     Example:
         >>> ReverseKL()(torch.tensor([0.5]))
@@ -40,7 +40,7 @@ class ReverseKL(Divergence):
     """
 
     def __call__(self, log_ratios: Tensor) -> Tensor:
-        """Log u itself."""
+        """The input, log u, unchanged."""
         return log_ratios
 
 
@@ -71,10 +71,11 @@ class JensenShannon(Divergence):
 
 
 class AlphaDivergence(Divergence):
-    """The α-divergence, f'(u) = (1 - u^-α) / α: between the reverse (α → 0) and the forward KL divergence (α → 1).
+    """The α-divergence, f'(u) = (1 - u^-α) / α, between the reverse (α → 0) and the forward KL divergence (α → 1).
 
     Args:
-        alpha: In (0, 1). TRL's coefficient ``f_alpha_divergence_coef`` is 1 - α.
+        alpha: Order of the divergence, in (0, 1). Towards 0 it is the reverse KL divergence, towards 1 the forward one.
+            TRL's coefficient ``f_alpha_divergence_coef`` is 1 - α.
 
     Raises:
         ValueError: If α is outside its range.

@@ -10,18 +10,19 @@ from lit_dpo.objectives.divergences import Divergence, ReverseKL
 
 
 def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-log σ of each margin, with the probability ``label_smoothing`` that it has the wrong sign."""
+    """The logistic loss -log σ(m) of each margin m, if labels are flipped with probability ``label_smoothing``."""
     if label_smoothing == 0:
         return -logsigmoid(margins)
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
 
 class MarginObjective(LogRatioObjective):
-    """A loss of the margin of implicit rewards alone; a subclass says which by ``loss``.
+    """An objective that depends only on the margin of implicit rewards. A subclass defines ``loss``.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        divergence: What holds the policy to the reference; by default the reverse KL divergence, DPO's.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence, as in
+            DPO.
 
     Raises:
         ValueError: If a parameter is outside its range.
@@ -36,7 +37,7 @@ class MarginObjective(LogRatioObjective):
         """The loss of each margin, (P,)."""
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
-        """The implicit rewards β·f'(π/π_ref), of which only the margin counts.
+        """The implicit rewards β·f'(π/π_ref), up to a constant that cancels in the margin.
 
         References:
             Wang et al. 2023, arXiv:2309.16240 (f-DPO).
@@ -57,7 +58,7 @@ class Sigmoid(MarginObjective):
     Args:
         beta: Strength of the pull towards the reference; positive.
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
@@ -83,18 +84,18 @@ class Sigmoid(MarginObjective):
 class Robust(MarginObjective):
     """Provably robust DPO: an unbiased estimate of DPO's loss when labels are flipped with a known probability.
 
-    Unlike ``Sigmoid`` with label smoothing it falls below zero for pairs that are ordered well.
+    Unlike that of ``Sigmoid`` with label smoothing, this loss is negative for pairs with a large positive margin.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
         label_smoothing: Probability ε that a label is flipped, in [0, 0.5).
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Ray Chowdhury et al. 2024, arXiv:2403.00409, Section 3.1; β and ε of its Section 6 and Appendix B.
+        Ray Chowdhury et al. 2024, arXiv:2403.00409, Section 3.1; default β and ε from Section 6 and Appendix B.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -113,18 +114,19 @@ class Robust(MarginObjective):
 
 
 class SigmoidNorm(MarginObjective):
-    """Length-normalized DPO: rewards are averages over the tokens of a response.
+    """Length-normalized DPO: implicit rewards are averaged over the tokens of a response.
 
     Args:
-        beta: Strength of the pull towards the reference; positive. An average is small, so β is large.
+        beta: Strength of the pull towards the reference; positive. Averages over tokens are small,
+            so β is large.
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Lambert et al. 2024, arXiv:2411.15124 (Tülu 3), with its β.
+        Lambert et al. 2024, arXiv:2411.15124 (Tülu 3); default β from the paper.
 
     Example:
         >>> policy = PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2))

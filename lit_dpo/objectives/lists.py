@@ -7,10 +7,10 @@ from lit_dpo.objectives.base import LogRatioObjective, PairLogps, Rewards, wins
 
 
 class PlackettLuce(LogRatioObjective):
-    """DPO on a ranking: the best is to be chosen among all, the second among the rest, and so on.
+    """DPO on rankings: the model picks the best response among all, the second-best among the rest, and so on.
 
-    With two responses it is DPO. Rewards are told of the best and of the worst response; ``rewards/accuracies`` is the
-    share of all pairs of a list that the rewards order rightly.
+    With two responses it is DPO. Rewards are reported for the best and for the worst response. The metric
+    ``rewards/accuracies`` is the share of all pairs in a list that the rewards order correctly.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
@@ -30,7 +30,7 @@ class PlackettLuce(LogRatioObjective):
     ranks_lists = True
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
-        """The implicit rewards β·log(π/π_ref) of best and worst, and how well they order the whole list."""
+        """Implicit rewards β·log(π/π_ref) of the best and worst response, and the share of pairs ordered correctly."""
         shares = []
         for rewards in self._lists(policy, reference):
             better, worse = torch.triu_indices(len(rewards), len(rewards), 1, device=rewards.device)
@@ -41,12 +41,12 @@ class PlackettLuce(LogRatioObjective):
         """The loss of each list, (P,)."""
         losses = []
         for rewards in self._lists(policy, reference):
-            remaining = rewards.flip(0).logcumsumexp(0).flip(0)  # of each rank and all below it
+            remaining = rewards.flip(0).logcumsumexp(0).flip(0)  # log-sum-exp over each response and all worse ones
             losses.append((remaining - rewards)[:-1].sum())
         return torch.stack(losses)
 
     def _lists(self, policy: PairLogps, reference: PairLogps) -> list[Tensor]:
-        """Rewards of all responses of each list, best first."""
+        """Implicit rewards of all responses of each list, best response first."""
         ours, theirs = policy.responses, reference.responses
         if ours is None or theirs is None:
             both = super().rewards(policy, reference)

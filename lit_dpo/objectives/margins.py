@@ -1,4 +1,4 @@
-"""Other losses of the margin of implicit rewards: squares, hinges, KL divergences, and one found by search."""
+"""Other losses on the margin of implicit rewards: squared, hinge, KL divergence, and one found by search."""
 
 import math
 
@@ -12,18 +12,18 @@ from lit_dpo.objectives.dpo import MarginObjective, logistic
 
 
 class Hinge(MarginObjective):
-    """SLiC's hinge loss on the margin of implicit rewards: nothing is learned from pairs with a margin above 1.
+    """SLiC's hinge loss on the margin of implicit rewards. Pairs with a margin above 1 have no gradient.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Zhao et al. 2023, arXiv:2305.10425 (SLiC-HF), Section 2; against a reference: Liu et al. 2023, arXiv:2309.06657
-        (RSO's hinge-norm), with its γ as β.
+        Zhao et al. 2023, arXiv:2305.10425 (SLiC-HF), Section 2. With a reference: Liu et al. 2023, arXiv:2309.06657
+        (hinge-norm in RSO); default β is its γ.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -40,14 +40,14 @@ class Hinge(MarginObjective):
 
 
 class IPO(MarginObjective):
-    """IPO: the difference h of log-ratios is to be 1/(2τ), neither less nor more.
+    """IPO: a squared loss with the target 1/(2τ) for the difference h of log-ratios.
 
-    Log-ratios are averages over the tokens of a response, as the authors confirmed to the field that theirs are; the
-    equation does not say so. Implicit rewards are τ·log(π/π_ref)/|y|, whose margin is to be 1/2.
+    Log-ratios are averaged over the tokens of a response. The paper's equation does not say so, but its authors have
+    confirmed it. Implicit rewards are τ·log(π/π_ref)/|y|; the target for their margin is 1/2.
 
     Args:
         tau: Strength of the pull towards the reference; positive.
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
@@ -76,18 +76,18 @@ class IPO(MarginObjective):
 
 
 class EXOPair(MarginObjective):
-    """EXO on pairs: KL from the policy's preference σ(margin) to the label, smoothed.
+    """EXO on pairs: KL(p‖q) of the policy's preference p = σ(margin) and the smoothed label q.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        label_smoothing: Probability ε of the rejected response under the label, in (0, 0.5).
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        label_smoothing: Probability ε that the smoothed label gives to the rejected response, in (0, 0.5).
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Ji et al. 2024, arXiv:2402.00856, Eq. 16 (EXO-pref), with β of its Appendix B.
+        Ji et al. 2024, arXiv:2402.00856, Eq. 16 (EXO-pref); default β from Appendix B.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -100,27 +100,27 @@ class EXOPair(MarginObjective):
         self.label_smoothing = within("label_smoothing", label_smoothing, 0, 0.5, "()")
 
     def loss(self, margins: Tensor) -> Tensor:
-        """KL of (σ(m), σ(-m)) from (1 - ε, ε), (P,)."""
+        """KL(p‖q) with p = (σ(m), σ(-m)) and q = (1 - ε, ε), for each margin m, (P,)."""
         chosen = margins.sigmoid() * (logsigmoid(margins) - math.log1p(-self.label_smoothing))
         rejected = (-margins).sigmoid() * (logsigmoid(-margins) - math.log(self.label_smoothing))
         return chosen + rejected
 
 
 class DiscoPOP(MarginObjective):
-    """DiscoPOP, the log-ratio modulated loss: logistic for small margins m, exponential for large, mixed by σ(m/τ).
+    """DiscoPOP, the log-ratio modulated loss: σ(m/τ) blends a logistic loss into an exponential one as m grows.
 
-    It is not monotone: between margins of about -0.12 and 0.07 (τ = 0.05) it rises.
+    m is the margin. The loss is not monotone: for τ = 0.05 it rises between margins of about -0.12 and 0.07.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
-        tau: Temperature of the mixture; positive, below 1.
-        divergence: What holds the policy to the reference; by default the reverse KL divergence.
+        tau: Temperature τ of the blend of the two losses; between 0 and 1, both excluded.
+        divergence: Divergence that keeps the policy close to the reference; by default the reverse KL divergence.
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Lu et al. 2024, arXiv:2406.08414, Eq. 5, with its β and τ.
+        Lu et al. 2024, arXiv:2406.08414, Eq. 5; default β and τ from the paper.
 
     Example:
         >>> policy, reference = PairLogps.from_sums([-10.0], [-12.0]), PairLogps.from_sums([-11.0], [-11.0])
@@ -134,5 +134,5 @@ class DiscoPOP(MarginObjective):
 
     def loss(self, margins: Tensor) -> Tensor:
         """σ(-m/τ)·(-log σ(m)) + σ(m/τ)·exp(-m), (P,)."""
-        # exp(-m)·σ(m/τ) in one exponential: apart they would be ∞·0 for margins far below zero.
+        # exp(-m)·σ(m/τ) as one exponential: as two factors it would be ∞·0 for margins far below zero.
         return (-margins / self.tau).sigmoid() * logistic(margins) + (logsigmoid(margins / self.tau) - margins).exp()

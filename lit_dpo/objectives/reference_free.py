@@ -1,4 +1,4 @@
-"""Objectives without a reference: none is computed, so that a step costs one forward and one backward."""
+"""Objectives without a reference. A step costs one forward and one backward pass of the policy, and no more."""
 
 from typing import Literal
 
@@ -9,28 +9,28 @@ from torch.nn.functional import logsigmoid
 from lit_dpo.objectives.base import Objective, PairLogps, Rewards, positive, within
 from lit_dpo.objectives.dpo import logistic
 
-LARGEST_MEAN = -1e-6  # nats a token; at 0, a certain response, the odds are infinite
+LARGEST_MEAN = -1e-6  # nats per token; at 0 (probability 1) the odds are infinite
 
 
 def mean_logps(policy: PairLogps) -> Rewards:
-    """Log-probs per token of both responses."""
+    """Mean log-prob per token of the chosen and of the rejected response."""
     return Rewards(policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths)
 
 
 class SFT(Objective):
-    """Supervised fine-tuning on the chosen response, most often as a term of a ``Mixture``.
+    """Supervised fine-tuning on the chosen response. It is mostly used as a term of a ``Mixture``.
 
-    Implicit rewards are log-probs per token: which response the policy finds more likely.
+    Implicit rewards are log-probs per token. They show which response the policy finds more likely.
 
     Args:
-        average: ``pair``, the mean over pairs of the mean over a response's tokens (iterative RPO's); ``token``, the
-            mean over all chosen tokens of the batch, which is what TRL calls ``sft``.
+        average: How token losses are averaged. ``pair`` averages over the tokens of each chosen response, then over
+            pairs (iterative RPO). ``token`` averages over all chosen tokens of the batch (TRL's ``sft``).
 
     Raises:
-        ValueError: If ``average`` is neither.
+        ValueError: If ``average`` is neither ``pair`` nor ``token``.
 
     References:
-        Pang et al. 2024, arXiv:2404.19733, Eq. 1, its term L_NLL.
+        Pang et al. 2024, arXiv:2404.19733, Eq. 1, term L_NLL.
 
     Example:
         >>> SFT()(PairLogps.from_sums([-10.0], [-12.0], lengths=(4, 2)), PairLogps.from_sums([0.0], [0.0]))
@@ -57,18 +57,18 @@ class SFT(Objective):
 
 
 class SimPO(Objective):
-    """SimPO: the log-prob per token as reward, and a margin that is asked for.
+    """SimPO: the reward is β times the log-prob per token, and the loss has a target margin γ.
 
     Args:
         beta: Scale of the rewards; positive.
-        gamma: The margin; 0 or more. The paper names its ratio to β, about 0.5.
+        gamma: Target margin of the rewards; 0 or more. The paper gives it as the ratio γ/β, about 0.5.
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Meng et al. 2024, arXiv:2405.14734, Eq. 6, with its β 2.0 and γ/β 0.5.
+        Meng et al. 2024, arXiv:2405.14734, Eq. 6; defaults from its β = 2.0 and γ/β = 0.5.
 
     Example:
         >>> policy = PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4))
@@ -95,19 +95,19 @@ class SimPO(Objective):
 
 
 class ORPO(Objective):
-    """ORPO: supervised fine-tuning on the chosen response, and its odds against those of the rejected one.
+    """ORPO: supervised fine-tuning on the chosen response, plus a loss on the odds ratio of the two responses.
 
-    The probability of a response is the geometric mean of its tokens'. Implicit rewards are log-odds, whose margin is
-    the paper's log odds ratio. Of the prompt nothing is learned.
+    The probability of a response is the geometric mean of its token probabilities. Implicit rewards are log-odds; their
+    margin is the paper's log odds ratio. Prompt tokens carry no loss.
 
     Args:
-        weight: Weight of the odds ratio, λ of the paper; positive.
+        weight: Weight of the odds-ratio term (the paper's λ); positive.
 
     Raises:
         ValueError: If ``weight`` is not positive.
 
     References:
-        Hong et al. 2024, arXiv:2403.07691, Eqs. 4, 6 and 7, with its λ.
+        Hong et al. 2024, arXiv:2403.07691, Eqs. 4, 6 and 7; default λ from the paper.
 
     Example:
         >>> ORPO()(PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4)), PairLogps.from_sums([0.0], [0.0]))
@@ -131,18 +131,18 @@ class ORPO(Objective):
 
 
 class CPO(Objective):
-    """CPO: DPO under a uniform reference, and supervised fine-tuning on the chosen response.
+    """CPO: DPO with a uniform reference, plus supervised fine-tuning on the chosen response.
 
     Args:
         beta: Scale of the rewards; positive.
-        alpha: Weight of the fine-tuning, per token as in the authors' code; 0 or more.
+        alpha: Weight of the fine-tuning term; 0 or more. The term is averaged per token, as in the authors' code.
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Xu et al. 2024, arXiv:2401.08417, Eq. 3 and its L_NLL, with its β.
+        Xu et al. 2024, arXiv:2401.08417, Eq. 3 and L_NLL; default β from the paper.
 
     Example:
         >>> CPO()(PairLogps.from_sums([-4.0], [-6.0], lengths=(4, 4)), PairLogps.from_sums([0.0], [0.0]))  # 0.5981 + 1
@@ -168,6 +168,6 @@ class CPO(Objective):
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p."""
+    """log(p / (1 - p)), given log p."""
     mean = mean.clamp(max=LARGEST_MEAN)
     return mean - torch.log(-torch.expm1(mean))

@@ -1,4 +1,4 @@
-"""Objectives that look at the data's own scores: how much better the chosen response is, not only that it is."""
+"""Objectives that use the scores in the data. They take into account how much better the chosen response is."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from lit_dpo.objectives.dpo import logistic
 
 
 def score_differences(policy: PairLogps) -> Tensor:
-    """The data's score of the chosen response less that of the rejected one, (P,); NaN where it has none.
+    """Score of the chosen response minus that of the rejected one, (P,); NaN where the data has no scores.
 
     Raises:
         ValueError: If the log-probs come without the data's scores.
@@ -22,20 +22,20 @@ def score_differences(policy: PairLogps) -> Tensor:
 
 
 class ODPO(LogRatioObjective):
-    """DPO with an offset: the margin is to exceed what the scores' difference asks for.
+    """DPO with an offset: the margin must exceed an offset that grows with the difference of the scores.
 
-    With ``scale="log"`` a pair of equal scores asks for less than any margin, and teaches nothing.
+    With ``scale="log"``, equal scores give the offset -∞. Such a pair has zero loss and no gradient.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
         alpha: Strength of the offset; positive.
-        scale: The offset is α·log(difference) or, ``linear``, α·difference.
+        scale: ``log`` sets the offset to α·log(score difference), ``linear`` to α·(score difference).
 
     Raises:
         ValueError: If a parameter is outside its range.
 
     References:
-        Amini et al. 2024, arXiv:2402.10571, which scales by log and tunes α between 0 and 1.
+        Amini et al. 2024, arXiv:2402.10571, which uses the logarithm and tunes α between 0 and 1.
 
     Example:
         >>> policy = PairLogps.from_sums([-10.0], [-12.0], scores=(8.0, 5.0))
@@ -61,14 +61,15 @@ class ODPO(LogRatioObjective):
 
 
 class ScoreWeighted(Wrapper):
-    """Another objective, each pair weighted by the difference of its scores.
+    """Wraps another objective and weights the loss of each pair by the difference of its scores.
 
     Args:
-        objective: Which one; by default ``Sigmoid``.
-        scale: Weight of a difference of 1; positive.
+        objective: The objective to weight; by default ``Sigmoid``.
+        scale: Weight of a pair whose scores differ by 1; positive.
 
     Raises:
-        ValueError: If a parameter is outside its range, or the objective's losses are not of single pairs.
+        ValueError: If a parameter is outside its range, or a loss of the objective does not belong to a single pair of
+            responses.
 
     References:
         Wang et al. 2024, arXiv:2408.09385 (reward difference optimization), with the data's scores as rewards.

@@ -1,4 +1,4 @@
-"""Alignment by optimal transport: distributions of rewards are compared, not the two responses of a pair."""
+"""Alignment by optimal transport: compares distributions of rewards, not the two responses of a pair."""
 
 from torch import Tensor
 
@@ -7,10 +7,10 @@ from lit_dpo.objectives.dpo import logistic
 
 
 class AOT(LogRatioObjective):
-    """AOT on pairs: sorted margins of the policy against sorted margins of the reference, so quantile by quantile.
+    """AOT on pairs: compares sorted margins of the policy with sorted margins of the reference, quantile by quantile.
 
-    The pairs are those of one batch of one process: ``data.batch_size`` matters, and with 1 it is DPO. The i-th loss is
-    of the i-th quantile, not of the i-th pair.
+    It sorts the pairs of one batch on one process, so ``data.batch_size`` changes the loss. With batch size 1 it is
+    DPO. The i-th loss belongs to the i-th quantile, not to the i-th pair.
 
     Args:
         beta: Strength of the pull towards the reference; positive.
@@ -43,7 +43,7 @@ class AOT(LogRatioObjective):
 
 
 class AOTUnpaired(AOT):
-    """AOT without pairs: sorted rewards of all chosen against sorted rewards of all rejected responses.
+    """AOT without pairs: compares sorted rewards of all chosen and all rejected responses, quantile by quantile.
 
     Args:
         beta: Strength of the pull towards the reference; positive.

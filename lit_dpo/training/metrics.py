@@ -1,4 +1,4 @@
-"""Losses, log-probs and rewards of pairs ──► the numbers that people look at: exact, distributed, sample-weighted."""
+"""Losses, log-probs and rewards of pairs ──► logged metrics: means over all pairs of all ranks, and quantiles."""
 
 from typing import Any
 
@@ -14,9 +14,10 @@ QUANTILES = (0.1, 0.5, 0.9)
 def token_kl(policy: Responses, reference: Responses) -> Tensor:
     """An estimate of the KL divergence between policy and reference at each response token, (R,), in nats.
 
-    ½(log π - log π_ref)², the second-order expansion of either direction of the divergence about π = π_ref. It is never
-    negative and no single token blows it up. It is taken at the data's tokens, which neither policy nor reference
-    sampled: it says how far the policy has moved on this data, not on what it would write itself.
+    The estimate is ½(log π - log π_ref)², the second-order expansion of both directions of the divergence about
+    π = π_ref. It is never negative, and no single token makes it explode. The tokens come from the data; neither policy
+    nor reference sampled them. The estimate therefore measures how far the policy has moved on this data, not on its
+    own samples.
 
     References:
         Schulman 2020, "Approximating KL Divergence", estimator k2.
@@ -25,27 +26,32 @@ def token_kl(policy: Responses, reference: Responses) -> Tensor:
 
 
 class PreferenceMetrics(Metric):
-    """Means over pairs, from float64 totals, so that batches and ranks of unequal size agree; and quantiles.
+    """Means over pairs, and quantiles of rewards.
 
-    Keys are TRL's names where it has them:
+    Totals are summed in float64 and divided once, so batches and ranks of unequal size are weighted correctly.
+
+    Metric names are those of TRL where TRL has the metric:
 
     - ``loss``;
     - ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` (implicit rewards), with their quantiles as
       ``rewards/margins_q10`` and so on;
-    - ``rewards/accuracies``, the share of pairs whose chosen response has the higher reward, a tie counting half;
-      ``rewards/negative_margins``, the share whose rejected response has;
-    - ``logps/chosen``, ``logps/rejected``, summed over the response, in nats; ``logps/chosen_per_token`` and
-      ``logps/rejected_per_token``, the mean over its tokens;
+    - ``rewards/accuracies``, the share of pairs whose chosen response has the higher reward, a tie counting 0.5;
+      ``rewards/negative_margins``, the share of pairs whose rejected response has the higher reward;
+    - ``logps/chosen``, ``logps/rejected``, log-probs summed over the response, in nats; ``logps/chosen_per_token`` and
+      ``logps/rejected_per_token``, log-probs averaged over its tokens;
     - ``lengths/chosen``, ``lengths/rejected``, in tokens.
 
-    Against a reference, where there is one:
+    With a reference:
 
-    - ``displacement/chosen``, ``displacement/rejected``: log-prob less the reference's, nats a token; below zero, the
-      response has become less likely (likelihood displacement; Razin et al. 2024, arXiv:2410.08847);
-    - ``kl``: ``token_kl``, the mean over all response tokens.
+    - ``displacement/chosen``, ``displacement/rejected``, the policy's log-prob minus the reference's, in nats per
+      token. If it is negative, the response has become less likely (likelihood displacement; Razin et al. 2024,
+      arXiv:2410.08847);
+    - ``kl``, the mean of ``token_kl`` over all response tokens.
 
-    Where the policy tells statistics of its tokens, means over tokens: ``entropy`` of all response tokens (nats), and
-    ``mean_token_accuracy``, the share of the chosen responses' tokens that were the most likely ones.
+    With token statistics of the policy:
+
+    - ``entropy``, the mean over all response tokens, in nats;
+    - ``mean_token_accuracy``, the share of tokens of chosen responses that are the most likely token.
     """
 
     full_state_update = False
@@ -86,10 +92,10 @@ class PreferenceMetrics(Metric):
         """Adds P pairs.
 
         Args:
-            losses: Their losses, (P,).
-            rewards: Their implicit rewards.
-            policy: The policy's log-probs.
-            reference: The reference's, if there is one.
+            losses: Losses of the pairs, (P,).
+            rewards: Implicit rewards of the pairs.
+            policy: Log-probs under the policy.
+            reference: Log-probs under the reference, if there is one.
         """
         margins = rewards.margins
         per_token = (policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths)
@@ -140,13 +146,13 @@ def _sums(*columns: Tensor) -> Tensor:
 
 
 def _best(responses: Responses) -> Tensor:
-    """Which tokens belong to the best response of their pair, (R,)."""
+    """True for each token of the best response of its pair, (R,)."""
     is_best = [rank == 0 for count in responses.counts for rank in range(count)]
     return torch.tensor(is_best).repeat_interleave(torch.tensor(responses.lengths))
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """Linearly interpolated quantiles; torch's own take 16 million numbers at most."""
+    """Linearly interpolated quantiles. ``torch.quantile`` accepts at most 16 million numbers."""
     ordered = values.double().sort().values
     places = torch.tensor(QUANTILES, dtype=torch.float64, device=values.device) * (len(values) - 1)
     low = ordered[places.floor().long()]

@@ -1,7 +1,7 @@
-"""A row in one of the field's formats ──► a ``PreferencePair``, or the reason why not. One file per family of formats.
+"""A row in a common format ──► a ``PreferencePair``, or the reason to leave it out. One file per family of formats.
 
 The first family in ``FORMATS`` whose ``matches`` accepts a row reads it. To add a family, write a file with ``matches``
-and ``read``, and add a line to the table.
+and ``read``, and add it to ``FORMATS``.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ __all__ = ["FORMATS", "Format", "Message", "PreferencePair", "RowError", "read_p
 
 
 class Format(NamedTuple):
-    """A family of formats."""
+    """A family of formats: its name, a test whether a row has such a format, and a reader."""
 
     name: str
     matches: Callable[[Row], bool]
@@ -32,14 +32,15 @@ def read_pair(row: Row, max_responses: int = 2) -> PreferencePair | str:
 
     Args:
         row: The row.
-        max_responses: Most responses to take from a ranked list: the best, the worst, and evenly spread others.
+        max_responses: Maximum number of responses to take from a ranked list: the best, the worst, and others evenly
+            spaced by rank.
 
     Returns:
         The pair, or the reason to leave it out: ``"empty prompt"``, ``"empty response"``, ``"identical responses"``,
         ``"more than one answer turn"``, ``"no two different responses"`` or ``"no two responses of different scores"``.
 
     Raises:
-        RowError: If the row has none of the formats.
+        RowError: If no family of formats accepts the row, or if a value in the row has the wrong type.
     """
     for family in FORMATS:
         if family.matches(row):

@@ -5,7 +5,7 @@
 - strings: ``{"prompt": str, "chosen": str, "rejected": str}``;
 - conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``.
 
-``score_chosen`` and ``score_rejected`` are read as the data's own scores.
+The columns ``score_chosen`` and ``score_rejected``, if present, are the scores of the responses.
 """
 
 import math
@@ -15,7 +15,7 @@ from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError
 
 
 def matches(row: Row) -> bool:
-    """Whether the row has one of the two columns."""
+    """Whether the row has a column ``chosen`` or ``rejected``."""
     return "chosen" in row or "rejected" in row
 
 
@@ -64,6 +64,6 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
 
 
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """Number of leading turns that both share. The last turn of each is its answer and never counts."""
+    """Number of leading turns that both have in common. The last turn of each is its answer and never counts."""
     limit = min(len(chosen), len(rejected)) - 1
     return next((turn for turn in range(limit) if chosen[turn] != rejected[turn]), limit)

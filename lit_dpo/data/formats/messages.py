@@ -1,4 +1,4 @@
-"""Chat messages and numbers as rows hold them."""
+"""Reads chat messages and numbers from the values of a row."""
 
 import json
 import math
@@ -19,7 +19,11 @@ def decoded(value: Any) -> Any:
 
 
 def messages(value: Any, column: str) -> list[Message]:
-    """A string as one user message; a list of messages without the fields that a columnar file filled with null."""
+    """Converts a string to one user message. Removes null fields, which columnar files add, from a list of messages.
+
+    Raises:
+        RowError: If the value is neither a string nor a list of messages.
+    """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
@@ -37,7 +41,7 @@ def has_text(message: Message) -> bool:
 
 
 def number(value: Any) -> float:
-    """A value as a number; NaN for anything that is not one."""
+    """Converts a value to a float; NaN if that is not possible."""
     try:
         return float(value)
     except (TypeError, ValueError):

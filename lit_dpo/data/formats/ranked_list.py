@@ -1,9 +1,9 @@
 """Rows with a list of responses to one prompt.
 
-- ``{"prompt": ..., "responses": [...], "scores": [...]}``, or without ``scores`` from best to worst;
+- ``{"prompt": ..., "responses": [...], "scores": [...]}``; without ``scores``, responses go from best to worst;
 - the original UltraFeedback: ``{"instruction": str, "completions": [{"response": str, "overall_score": float}, ...]}``.
 
-Of responses with equal scores only the first is kept: nobody said which of the two is better.
+Of responses with equal scores, only the first is kept, because the data does not say which one is better.
 """
 
 import math
@@ -26,7 +26,7 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     """Reads one row into a ranked list of at most ``max_responses``, or returns the reason to leave it out.
 
     Raises:
-        RowError: If the row has no prompt, or responses or scores of a wrong kind.
+        RowError: If the row has no prompt, or if responses or scores are missing or have a wrong type.
     """
     listed = row["completions"] if "completions" in row else row["responses"]
     prompt = decoded(row.get("prompt", row.get("instruction")))
@@ -68,7 +68,7 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
 
 
 def _answer(response: Any) -> Message:
-    """One response as a message. It may be a text, a message, a list of one, or an entry with a ``response``."""
+    """Converts a response to a message. It may be a string, a message, a list of one, or a dict with ``response``."""
     if isinstance(response, list) and len(response) == 1:
         (response,) = response
     if isinstance(response, Mapping) and "response" in response:
@@ -83,7 +83,7 @@ def _answer(response: Any) -> Message:
 
 
 def _scores(responses: Sequence[Any]) -> list[Any]:
-    """The scores inside the responses, all under one name: the one that most of them have."""
+    """The scores stored in the responses. Of ``SCORE_NAMES``, it uses the name that most responses have."""
     entries = [response if isinstance(response, Mapping) else {} for response in responses]
 
     def num_scored(name: str) -> int:
@@ -94,6 +94,6 @@ def _scores(responses: Sequence[Any]) -> list[Any]:
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` items: the first, the last, and evenly spread others."""
+    """At most ``most`` items: the first, the last, and evenly spaced others."""
     number = min(most, len(items))
     return [items[round(place * (len(items) - 1) / (number - 1))] for place in range(number)]
