@@ -17,10 +17,10 @@ PACKAGE, LIGHTNING = Path(objectives.__file__).parents[1], Path(lightning.__file
 
 def one_line(message: str) -> str:
     """Shortens the parser's message that a value has none of several types. Other long messages stay as they are."""
-    missing = re.search(r"(?:ModuleNotFoundError|ImportError): *([^\n]*)|No module named [^\n]*", message)
-    key = re.search(r'key "([\w.]+)"', message)
-    if missing and key and message.count("\n") > 2 and "Import path" not in message:
-        return f'Parser key "{key[1]}": {(missing[1] or missing[0]).strip()}'
+    name = re.search(r'key "([\w.]+)"', message)
+    missing = re.search(r"(?:ModuleNotFoundError|ImportError): *([^\n]+)", message)
+    if name and missing:
+        return f'Parser key "{name[1]}": {missing[1].strip()}'
     found = re.search(r'key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]*)', message, re.DOTALL)
     if not found:
         return " ".join(message.split()) if message.count("\n") <= 2 else message

@@ -544,7 +544,7 @@ def test_a_class_is_the_same_whichever_module_names_it() -> None:
 
 def test_half_a_quantization_is_refused(tiny: list[str]) -> None:
     arguments = ["--model.quantization", "nf4", "--model.quantization.bnb_4bit_compute_dtype", "float16"]
-    with pytest.raises(ValueError, match="neither load_in_4bit nor load_in_8bit: what is given takes the place of nf4"):
+    with pytest.raises(ValueError, match="neither load_in_4bit nor load_in_8bit. A configuration replaces nf4"):
         main(["fit", *tiny, *arguments])
 
 
