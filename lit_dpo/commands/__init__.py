@@ -1,4 +1,4 @@
-"""The commands of ``python -m lit_dpo``, and those among them that are not a Trainer's."""
+"""The commands of ``python -m lit_dpo``. Commands that are not methods of the Trainer are modules of this package."""
 
 DESCRIPTIONS = {
     "fit": "Align a model on preference pairs.",
