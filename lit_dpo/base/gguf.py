@@ -1,4 +1,4 @@
-"""A GGUF file ──► a safetensors folder in the cache, converted once, which loads in 4 bits like any other model."""
+"""A GGUF file ──► a safetensors folder in the cache. It is converted once and loads in 4 bits like any other model."""
 
 import hashlib
 import shutil
@@ -13,7 +13,7 @@ from lit_dpo.files.console import library_bars, say
 
 
 def convert(gguf: Path) -> Path:
-    """Converts a GGUF file to bfloat16 safetensors, unless the cache already holds them, and returns the folder."""
+    """Converts a GGUF file to bfloat16 safetensors, unless they are in the cache already, and returns the folder."""
     folder = cache_dir() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
     if folder.exists():
         return folder
