@@ -43,7 +43,7 @@ class CollapseGuard(Callback):
         self._passed: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says that nothing is checked if there is no reference."""
+        """Says that the limits are not checked if there is no reference."""
         self._passed.clear()
         if (self.max_drop or self.max_kl) and not pl_module.reference.exists:
             rank_zero_info("CollapseGuard: there is no reference, so max_drop and max_kl are not checked.")

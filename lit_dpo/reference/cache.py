@@ -65,7 +65,7 @@ class CachedReference(Reference):
         self._shards: list[Any] = []  # open shards
         self._keys = np.empty(0, KEY)  # sorted
         self._places = np.empty((0, 3), np.int64)  # for each key: index of its shard, start and end offset in it
-        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; arrays, as inference mode marks tensors
+        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; NumPy, as autograd rejects inference tensors
         self._saved = time.monotonic()
         self._read()
 
