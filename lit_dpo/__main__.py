@@ -1,4 +1,4 @@
-"""``python -m lit_dpo``."""
+"""Entry point of ``python -m lit_dpo``."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from lit_dpo.commands import DESCRIPTIONS
 
 
 def main() -> None:
-    """Runs the command line; tells of the commands without importing what they need."""
+    """Runs the command line. Without a command, it prints the help and imports no large library."""
     if not set(sys.argv[1:]) & set(DESCRIPTIONS):
         parser = argparse.ArgumentParser(
             "lit_dpo",
@@ -19,7 +19,7 @@ def main() -> None:
         for name, description in DESCRIPTIONS.items():
             commands.add_parser(name, help=description)
         parser.parse_args()
-    # It says that an inference kernel is missing, one that has no gradients and that training must not use.
+    # bitsandbytes reports that an inference kernel is missing. That kernel has no gradients, so training never uses it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lit_dpo.cli.app import main
 

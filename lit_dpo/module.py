@@ -1,4 +1,4 @@
-"""DPOModule, the ``LightningModule``: reads top to bottom like the algorithm."""
+"""DPOModule, the ``LightningModule``: first the algorithm, then policy and reference, then Lightning's hooks."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -40,34 +40,34 @@ class DPOModule(LightningModule):
     """Direct Preference Optimization of a quantized language model with LoRA adapters.
 
     Args:
-        base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for a package that ships one.
-        objective: The preference loss; by default ``Sigmoid``, the DPO loss of the paper with β 0.1.
-        quantization: ``nf4`` for QLoRA's 4 bits, transformers' ``BitsAndBytesConfig`` for another, null for none.
-        lora: PEFT's ``LoraConfig`` of the adapters; by default rank 16 on all linear layers but the head.
-        adapter: Folder or hub id of an adapter to go on from. A frozen copy of it is then the reference.
-        optimizer: Any torch optimizer.
-        lr_scheduler: Shape of the learning-rate schedule after warm-up, by transformers' names.
-        warmup: Share of the optimizer steps during which the learning rate rises from 0.
+        base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for an installed Python package.
+        objective: The preference loss. The default is ``Sigmoid``, the loss of the DPO paper, with β = 0.1.
+        quantization: ``nf4`` (4 bits, as in QLoRA), a ``BitsAndBytesConfig`` of transformers, or null for none.
+        lora: PEFT's ``LoraConfig`` for the adapters. The default is rank 16 on all linear layers except the head.
+        adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is then the reference.
+        optimizer: Any torch optimizer. The default is AdamW with learning rate 5e-5 and no weight decay.
+        lr_scheduler: Learning-rate schedule after warm-up, by its name in transformers.
+        warmup: Share of the optimizer steps in which the learning rate rises from 0, in [0, 1).
         reference: ``cached`` computes the initial policy's log-probs of each pair once and keeps them on disk, for all
-            epochs and runs. ``live`` computes them at every step, for pairs that come once. ``none`` computes none.
-            ``AnotherModel`` or ``MovingReference`` by class path. ``auto`` is ``cached`` for an objective that uses a
-            reference, else ``none``.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, same numbers.
-            ``auto`` recomputes for batches that would not fit into memory otherwise.
-        compile: Compile the layers: faster steps after half a minute, same numbers except for rounding. ``auto``
-            compiles on a CPU with a C++ compiler, for runs of 500 batches or more.
+            epochs and runs. ``live`` computes them at every step; use it if each pair is seen once. ``none`` uses no
+            reference. ``AnotherModel`` and ``MovingReference`` are chosen by class path. ``auto`` is ``cached`` if the
+            objective uses a reference, else ``none``.
+        gradient_checkpointing: Recompute activations in the backward pass. This takes less memory and more time, and
+            changes no result. ``auto`` recomputes only for batches that would not fit into memory otherwise.
+        compile: Compile the layers. Compilation takes half a minute, makes steps faster and changes only the rounding.
+            ``auto`` compiles on a CPU with a C++ compiler, for runs of 500 batches or more.
         on_nonfinite: What to do if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the optimizer step.
-            Either way the step is written to a file that reproduces it. Under ``16-mixed`` the GradScaler handles a
-            gradient that overflows, until its scale falls below 1.
-        token_metrics: Also log ``entropy`` and ``mean_token_accuracy``, which take more passes over the vocabulary.
+            Both write a file that reproduces the step. Under ``16-mixed``, overflowing gradients are left to the
+            GradScaler as long as its scale is at least 1.
+        token_metrics: Also log ``entropy`` and ``mean_token_accuracy``. They need more passes over the vocabulary.
         layout: ``flat`` computes each prompt once, without padding. ``padded`` uses one row per response. ``auto`` is
-            ``flat`` where that gives the model's own log-probs.
+            ``flat`` if the model gives the same log-probs in both layouts, else ``padded``.
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run model code that comes with the repository. A checkpoint never sets it.
 
     Raises:
-        ValueError: If arguments contradict one another.
+        ValueError: If arguments contradict each other.
 
     References:
         Rafailov et al. 2023, arXiv:2305.18290 (DPO); Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
@@ -99,7 +99,11 @@ class DPOModule(LightningModule):
         if not 0 <= warmup < 1:
             raise ValueError(f"model.warmup is a share of the steps, in [0, 1), not {warmup}.")
         self.base = base
-        self.repository: dict[str, Any] = {"gguf_file": gguf_file, "revision": revision, "trust_remote_code": trust_remote_code}
+        self.repository: dict[str, Any] = {
+            "gguf_file": gguf_file,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
         self.objective = Sigmoid() if objective is None else objective
         self.quantization, self.lora, self.adapter = quantization, choose_lora(lora, adapter), adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
@@ -108,8 +112,8 @@ class DPOModule(LightningModule):
         self.layout, self.gradient_checkpointing, self.compilation = layout, gradient_checkpointing, compile
         self.on_nonfinite, self.token_metrics = on_nonfinite, token_metrics
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
-        self.step = OptimizerStep()  # the one in progress
-        self.strict_loading = False  # a checkpoint holds only what trains; load_state_dict checks the keys
+        self.step = OptimizerStep()  # the step in progress
+        self.strict_loading = False  # a checkpoint has no base weights; load_state_dict checks the keys
         self.save_hyperparameters(plain_hyperparameters(self, quantization))
 
     # --- the algorithm ---------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ class DPOModule(LightningModule):
         return losses.mean() * window_weight(self.trainer, batch_idx)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Adds the batch to the held-out metrics."""
+        """Adds a batch to the held-out metrics."""
         reference = self.reference.logps(batch)
         policy = self.policy.logps(batch)
         losses = self.objective(policy, reference)
@@ -140,7 +144,7 @@ class DPOModule(LightningModule):
         return [dict(zip(names, (*origin, c, r, c - r), strict=True)) for origin, c, r in pairs]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the adapters, and a learning-rate schedule with warm-up over all steps of the run."""
+        """Builds the optimizer of the adapters, and a learning-rate schedule with warm-up over the whole run."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         scheduler = warmed_up(optimizer, self.lr_scheduler, self.warmup, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -148,7 +152,7 @@ class DPOModule(LightningModule):
     def record(
         self, metrics: PreferenceMetrics, batch: PairBatch, losses: Tensor, policy: PairLogps, reference: PairLogps
     ) -> None:
-        """Adds a batch to the metrics, and in training to the optimizer step in progress."""
+        """Adds a batch to the metrics and, in training, to the optimizer step in progress."""
         against = reference if self.reference.exists else None
         metrics.update(losses, self.objective.rewards(policy, reference), policy, against)
         if metrics is self.train_metrics:
@@ -184,7 +188,7 @@ class DPOModule(LightningModule):
 
     @cached_property
     def reference(self) -> Reference:
-        """What the policy is compared with."""
+        """The reference that the policy is compared with."""
         dtype = self._product_type if self._trainer is None else dtype_for(self.trainer.precision)
         return open_reference(self.reference_choice, self.policy, self.objective, dtype, lambda: self.tokenizer)
 
@@ -201,7 +205,7 @@ class DPOModule(LightningModule):
     # --- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """What accompanies the module in every Trainer: reference pass, finite steps, exact resume, logged means."""
+        """The callbacks that the module adds to every Trainer."""
         return [ReferencePass(), FiniteSteps(self.on_nonfinite), ExactResume(), LoggedMeans()]
 
     def setup(self, stage: str) -> None:
@@ -213,35 +217,35 @@ class DPOModule(LightningModule):
         num_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
         if compilation_pays(self.compilation, self.model.device, num_batches):
             self.policy.compile_layers()
-            vars(self).pop("reference", None)
+            vars(self).pop("reference", None)  # compiled layers round differently, so their cache is another
 
     def on_train_start(self) -> None:
-        """Enters training mode, which ``from_pretrained`` and Lightning leave alone."""
+        """Switches to training mode, because neither ``from_pretrained`` nor Lightning does."""
         self.train()
-        self.objective.end_step(kept=False)  # forgets the step of an earlier run that was interrupted
+        self.objective.end_step(kept=False)  # discards the unfinished step of an interrupted run
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step. Then objective and reference update their running numbers."""
+        """Takes the step. Then the objective updates its running statistics, and a moving reference its weights."""
         super().optimizer_step(*args, **kwargs)
         self.objective.end_step(kept=self.step.taken)
         self.reference.end_step(self.global_step + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps only what trains."""
+        """Removes the base weights from the checkpoint."""
         keep_trained(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Moves the weights to the policy's device."""
+        """Moves the checkpoint's weights to the policy's device."""
         move_weights(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what trains, and running numbers if they fit. Refuses other adapters, whatever ``strict`` is."""
+        """Loads the adapters, and running statistics if they fit. Adapters must fit, even with ``strict=False``."""
         keys = super().load_state_dict(fitting_weights(self, state_dict), strict=False, assign=assign)
-        keys.missing_keys.clear()  # the base, which is there already
+        keys.missing_keys.clear()  # the base weights, which are loaded already
         return keys
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module of a checkpoint. Only ``trust_remote_code=True`` given here lets a repository's code run."""
+        """Loads a module. A repository's code runs only if ``trust_remote_code=True`` is passed to this method."""
         arguments = untrusted(checkpoint_path, **kwargs) | kwargs
         return super().load_from_checkpoint(checkpoint_path, *args, **arguments)

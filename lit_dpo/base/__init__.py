@@ -1,1 +1,1 @@
-"""A base model's name ──► its weights and its tokenizer on this machine or on the hub."""
+"""A base model's name ──► its weights and its tokenizer, on this machine or on the hub."""

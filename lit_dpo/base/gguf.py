@@ -1,4 +1,4 @@
-"""A GGUF file ──► a safetensors folder in the cache, converted once, which loads in 4 bits like any other model."""
+"""A GGUF file ──► a safetensors folder in the cache. It is converted once and loads in 4 bits like any other model."""
 
 import hashlib
 import shutil

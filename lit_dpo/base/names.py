@@ -1,6 +1,6 @@
 """A base model's name ──► what transformers' ``from_pretrained`` takes: a hub id or a local safetensors folder.
 
-A name is a hub id, a local folder, a GGUF file, or ``package:NAME``, the folder of an installed Python package.
+A name is a hub id, a local folder, a GGUF file, or ``package:NAME`` for the folder of an installed Python package.
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ def resolve_base(base: str, gguf_file: str | None = None, revision: str | None =
 
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
-        gguf_file: Name of a GGUF file inside a hub repository.
-        revision: Revision of that repository.
+        gguf_file: Name of a GGUF file inside a hub repository or a local folder.
+        revision: Revision of the hub repository.
 
     Raises:
-        FileNotFoundError: If ``base`` is a path, or a package, that does not exist.
-        ValueError: If a folder holds several GGUF files and no other weights.
+        FileNotFoundError: If ``base`` is a path or a package that does not exist.
+        ValueError: If a folder has no config.json and several GGUF files, or ``base`` and ``gguf_file`` both name one.
     """
     path = Path(locate(base)).expanduser()
     if gguf_file is not None:

@@ -1,4 +1,4 @@
-"""What a Lightning user would add or remove: each an ordinary callback."""
+"""Ordinary Lightning callbacks, which users can add or remove."""
 
 from lit_dpo.callbacks.adapter import AdapterExport
 from lit_dpo.callbacks.guard import CollapseGuard

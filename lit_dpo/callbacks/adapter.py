@@ -1,4 +1,4 @@
-"""AdapterExport: the aligned adapter in PEFT's format, ready for any tool that reads it."""
+"""AdapterExport: saves the aligned adapter in PEFT's format, for any tool that reads it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ class AdapterExport(Callback):
     """Saves adapter, tokenizer and chat template at the end of training, and when Ctrl-C or SIGTERM ends it.
 
     Args:
-        dirname: Folder inside the run's folder.
+        dirname: Name of the adapter's folder inside the run's folder.
     """
 
     def __init__(self, dirname: str = "adapter") -> None:
@@ -26,7 +26,7 @@ class AdapterExport(Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the adapter as it is when the run is interrupted."""
+        """Saves the current adapter if the run is interrupted."""
         if is_interruption(exception) and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
@@ -38,6 +38,6 @@ class AdapterExport(Callback):
 
 def save_adapter(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes ``adapter_model.safetensors``, ``adapter_config.json``, tokenizer and chat template into ``folder``."""
-    # Embeddings never train here; the default would ask the hub whether they were resized.
+    # Embeddings are never trained here. By default PEFT would ask the hub whether they were resized.
     policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""CollapseGuard: warns when the policy moves too far from the reference, and names the pairs that did."""
+"""CollapseGuard: warns when the policy moves too far from the reference, and names the pairs where it does."""
 
 from typing import Any, Literal
 
@@ -14,16 +14,17 @@ class CollapseGuard(Callback):
     """Warns, or stops the run, when a known failure of preference optimization appears.
 
     After each optimizer step it checks ``train/displacement/chosen`` and ``train/kl``, over the pairs of all ranks. It
-    warns when a limit is passed. It warns again only after the number was below the limit in between. Losses that are
-    not finite are handled without a guard too (``model.on_nonfinite``). A guard with ``stop`` also ends a run that
-    would skip such a step.
+    warns when a value exceeds its limit, and again only after the value was back below the limit. Losses that are not
+    finite are handled by ``model.on_nonfinite``, even without a guard. A guard with ``stop`` also ends a run that would
+    skip such a step.
 
     Args:
         max_drop: How far the chosen responses' log-probs may fall below the reference's, in nats per token; null for no
             limit.
-        max_kl: Limit of the KL divergence from the reference, estimated on the pairs' responses, in nats per token;
-            null for no limit.
-        action: ``warn``, or ``stop`` the run after the step, with checkpoint, evaluation and adapter as at any end.
+        max_kl: Limit of the KL divergence from the reference, in nats per token, estimated on the responses of the
+            pairs; null for no limit.
+        action: ``warn`` only, or also ``stop`` the run after the step. A stopped run ends like any other, with
+            evaluation, checkpoint and adapter.
 
     Raises:
         ValueError: If a limit is not positive.
@@ -42,13 +43,13 @@ class CollapseGuard(Callback):
         self._passed: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says what cannot be checked without a reference."""
+        """Says that the limits are not checked if there is no reference."""
         self._passed.clear()
         if (self.max_drop or self.max_kl) and not pl_module.reference.exists:
             rank_zero_info("CollapseGuard: there is no reference, so max_drop and max_kl are not checked.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Checks a complete optimizer step."""
+        """Checks an optimizer step when it is complete."""
         step = pl_module.step
         if not step.is_complete(trainer):
             return
@@ -85,7 +86,7 @@ class CollapseGuard(Callback):
             )
 
     def _passes(self, value: float, limit: float | None, name: str) -> bool:
-        """Whether a limit is passed now and was not passed at the step before."""
+        """Whether the value exceeds the limit now, but did not at the step before."""
         if limit is None or not value > limit:
             self._passed.discard(name)
             return False

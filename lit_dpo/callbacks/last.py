@@ -19,13 +19,13 @@ from lit_dpo.training.step import OptimizerStep
 class LastCheckpoint(Checkpoint):
     """Saves ``checkpoints/last.ckpt`` every few steps, at the end of an epoch or of the run, and on Ctrl-C or SIGTERM.
 
-    The first Ctrl-C lets the optimizer step finish, so that a resumed run goes on exactly from there. A second Ctrl-C
-    stops at once and leaves the checkpoint before. SIGTERM, as job schedulers send it, finishes the step too; the
-    process then exits with 143. Before the first training batch, and during an evaluation on one process, both stop at
-    once.
+    The first Ctrl-C lets the optimizer step finish, so that a resumed run continues exactly from there. A second Ctrl-C
+    stops at once and leaves the previous checkpoint. SIGTERM, which job schedulers send, also lets the step finish. The
+    process then exits with status 143. Before the first training batch, and during an evaluation on one process, both
+    signals stop the run at once.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_steps: Number of optimizer steps between two checkpoints.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -34,7 +34,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._received: int | None = None  # the signal that asked to stop
         self._training = False
-        self._consistent = True  # whether no optimizer step is half done; a checkpoint would not hold its gradients
+        self._consistent = True  # False in the middle of an optimizer step: a checkpoint has no gradients
         self._step = OptimizerStep()
         self._handlers: dict[int, Any] = {}
 
@@ -47,19 +47,19 @@ class LastCheckpoint(Checkpoint):
         self._install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here to the end of the step the state is between two states."""
+        """Marks that an optimizer step is in progress. Nothing is saved before it ends."""
         self._training, self._consistent = True, False
         self._step.start_batch(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves at the end of an optimizer step, if it is time. Ends the run if a signal asked for it."""
+        """Saves every ``every_n_steps`` optimizer steps and after the last. Ends the run if a signal asked for it."""
         if not self._step.is_complete(trainer):
             return
         self._consistent = True
         received = self._received or 0
-        if trainer.world_size > 1:  # one rank alone may have received it; SIGTERM has the larger number
+        if trainer.world_size > 1:  # maybe only one rank received it; SIGTERM has the larger number
             number = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(number, reduce_op="max"))
         if received:
@@ -69,14 +69,14 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves at the end of an epoch, where a run with more epochs goes on; not where ``max_steps`` cut the epoch."""
+        """Saves at the end of a full epoch, so that a run with more epochs can continue from there."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """An evaluation may be stopped anywhere."""
+        """Ends the run if a signal asked for it. On one process, an evaluation can be stopped at any batch."""
         if self._received is not None and trainer.world_size == 1:
             raise _exception(self._received)
 
@@ -85,7 +85,7 @@ class LastCheckpoint(Checkpoint):
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves when the run was interrupted and no step is half done, and says where."""
+        """Saves if the run was interrupted between two steps, and says where the checkpoint is."""
         self._restore()
         if is_interruption(exception) and trainer.state.fn == "fit" and trainer.global_step > 0:
             path = self._path(trainer)
@@ -100,7 +100,7 @@ class LastCheckpoint(Checkpoint):
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._training or (self._received and number == signal.SIGINT):
             raise _exception(number)
-        self._received = max(self._received or 0, number)  # SIGTERM before SIGINT
+        self._received = max(self._received or 0, number)  # SIGTERM takes precedence over SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         again = " Press it again to stop at once." if number == signal.SIGINT else ""
         rank_zero_info(f"\n{name}: finishing the optimizer step, then saving.{again}")
@@ -124,5 +124,5 @@ class LastCheckpoint(Checkpoint):
 
 
 def _exception(number: int) -> BaseException:
-    """What a signal raises."""
+    """The exception that a signal raises."""
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

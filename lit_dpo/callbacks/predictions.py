@@ -1,4 +1,4 @@
-"""PredictionWriter: implicit rewards of each pair as JSON lines."""
+"""PredictionWriter: writes the implicit rewards of each pair as JSON lines."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from lit_dpo.training.run_dir import run_dir
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict`` gives, batch by batch, to ``predictions.jsonl``; one file a rank if there are several.
+    """Writes the results of ``predict`` to ``predictions.jsonl``, batch by batch. Several ranks write one file each.
 
     Each line has ``source``, ``row``, ``reward_chosen``, ``reward_rejected`` and their ``margin``.
 
@@ -40,7 +40,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Appends a line a pair."""
+        """Appends one line per pair."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in outputs)
 

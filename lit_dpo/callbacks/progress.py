@@ -1,4 +1,4 @@
-"""StepProgress: one line that says where the run is, on a terminal and in a log file."""
+"""StepProgress: shows the progress of a run in one line, on a terminal or in a log file."""
 
 import math
 import shutil
@@ -23,11 +23,12 @@ FIELDS = {  # metric ──► how it is shown
 class StepProgress(ProgressBar):
     """Shows ``step 12/600  loss 0.612  acc 0.66  margin 0.31  lr 4.8e-05  3.4 pairs/s  ETA 12:40``.
 
-    A terminal shows one line that is rewritten in place, without the last fields where it is too narrow. A log file
-    gets a line every so often, without control characters. ``trainer.enable_progress_bar=false`` switches it off.
+    A terminal shows one line that is rewritten in place. Fields that do not fit into its width are left out. A log file
+    gets a new line every ``every_n_seconds``, without control characters. ``trainer.enable_progress_bar=false``
+    switches it off.
 
     Args:
-        every_n_seconds: Seconds between two lines of a log file.
+        every_n_seconds: Seconds between two lines in a log file.
 
     Raises:
         ValueError: If ``every_n_seconds`` is negative.
@@ -52,7 +53,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints a line of its own. Lightning calls it for ``module.print``."""
+        """Prints on a new line. Lightning calls it for ``module.print``."""
         self._close()
         say(" ".join(map(str, args)))
 
@@ -62,11 +63,11 @@ class StepProgress(ProgressBar):
         self._first_step = self._shown_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Shows the step before, whose metrics are logged by now."""
+        """Shows the previous step, whose metrics have been logged by now."""
         self._show_step(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the step before the evaluation."""
+        """Shows the last step before the evaluation."""
         if not trainer.sanity_checking:
             self._show_step(trainer, last=True)
 
@@ -94,7 +95,7 @@ class StepProgress(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ends the line, so that a message starts its own."""
+        """Ends the line, so that an error message starts on a new one."""
         self._close()
 
     def on_test_batch_start(
@@ -139,7 +140,7 @@ class StepProgress(ProgressBar):
         return f"step {trainer.global_step}" + (f"/{int(total)}" if math.isfinite(total) else "")
 
     def _rewrite(self, fields: list[str], or_write: bool = False) -> None:
-        """Rewrites the terminal's line; without a terminal writes a line if ``or_write``, else nothing."""
+        """Rewrites the terminal's line. Without a terminal, writes a line if ``or_write`` is true, else nothing."""
         if not self._enabled:
             return
         if sys.stderr.isatty():

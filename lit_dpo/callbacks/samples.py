@@ -1,4 +1,4 @@
-"""ComparisonSamples: base and aligned answers to held-out prompts, side by side."""
+"""ComparisonSamples: prints base and aligned answers to held-out prompts, side by side."""
 
 import shutil
 from typing import Any
@@ -14,15 +14,15 @@ class ComparisonSamples(Callback):
     """Answers held-out prompts at the end of training, prints them and writes ``samples.md``.
 
     Args:
-        num_prompts: Held-out prompts to answer; 0 for none.
-        max_new_tokens: Most tokens of an answer.
+        num_prompts: Number of held-out prompts to answer; 0 for none.
+        max_new_tokens: Maximum number of tokens of an answer.
     """
 
     def __init__(self, num_prompts: int = 4, max_new_tokens: int = 64) -> None:
         self.num_prompts, self.max_new_tokens = num_prompts, max_new_tokens
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generates on the first rank; the others wait."""
+        """Generates on the first rank, while the others wait."""
         folder = run_dir(trainer)
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         if self.num_prompts > 0 and pairs is not None and trainer.is_global_zero:

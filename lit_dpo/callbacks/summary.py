@@ -1,4 +1,4 @@
-"""RunSummary: held-out metrics before the first step and after the last, and the files of the run."""
+"""RunSummary: prints held-out metrics before the first step and after the last, and the files of the run."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ FILES = {
 
 
 class RunSummary(Callback):
-    """Prints a table at the end of training. Its first column needs a sanity check of all held-out pairs."""
+    """Prints held-out metrics before and after training. The first need ``trainer.num_sanity_val_steps=-1``."""
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
@@ -35,12 +35,12 @@ class RunSummary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks for an evaluation after the last step where ``max_steps`` ends the run in the middle of an epoch."""
+        """Requests an evaluation after the last step if ``max_steps`` ends the run in the middle of an epoch."""
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table and the files that are there."""
+        """Prints the table, and those files of the run that exist."""
         folder = run_dir(trainer)
         if not trainer.is_global_zero:
             return

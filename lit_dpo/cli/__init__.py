@@ -1,1 +1,1 @@
-"""The front door: ``python -m lit_dpo fit | validate | test | predict | generate``."""
+"""The command line: ``python -m lit_dpo fit | validate | test | predict | generate``."""

@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` for ``fit`` only, so that a later ``validate`` cannot overwrite it."""
+    """Saves ``config.yaml`` only for ``fit``, so that a later ``validate`` cannot overwrite it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Saves into the run's folder."""
@@ -61,8 +61,8 @@ class DPOCLI(LightningCLI):
     """``LightningCLI`` with this project's defaults and its own commands.
 
     Args:
-        args: The arguments, command first; None for those of the process.
-        options: Those of ``LightningCLI``.
+        args: The command and its arguments; None for those of the process.
+        options: Options of ``LightningCLI``.
     """
 
     def __init__(self, args: list[str] | None, **options: Any) -> None:
@@ -82,9 +82,9 @@ class DPOCLI(LightningCLI):
         parser.set_defaults(DEFAULTS)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Adds the commands. Only the one that is used gets its arguments, because building them takes seconds.
+        """Adds the commands. Only the command in use gets its arguments, because building them takes seconds.
 
-        ``LightningCLI.subcommands`` would be the public way, but it takes the Trainer's methods only.
+        ``LightningCLI.subcommands`` would be the public way, but it accepts only methods of the Trainer.
         """
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
         commands = parser.add_subcommands()
@@ -97,16 +97,16 @@ class DPOCLI(LightningCLI):
                 command.add_function_arguments(function_of(name))
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
-                command.set_defaults({"weights_only": True})  # a checkpoint must not bring code
+                command.set_defaults({"weights_only": True})  # loading a checkpoint must not run code
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses with a checkpoint's arguments as the model's defaults. Warns of each that is overridden.
+        """Parses the arguments. A checkpoint's arguments become the model's defaults; overriding one gives a warning.
 
         Raises:
-            FileNotFoundError: If the checkpoint is not there.
-            ValueError: If several checkpoints could be meant.
+            FileNotFoundError: If the checkpoint does not exist.
+            ValueError: If it is not clear which checkpoint is meant.
         """
         command = next((arg for arg in self._args if arg in DESCRIPTIONS), None)
         path = None if command is None or command in OWN else given_checkpoint(self._args, command)
@@ -128,7 +128,7 @@ class DPOCLI(LightningCLI):
             warn_of_overrides(self.config[command].model.as_dict(), stored)
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: the checkpoint was read before the arguments."""
+        """Does nothing, because ``parse_arguments`` has read the checkpoint already."""
 
     def _set_seed(self) -> None:
         if self.subcommand not in OWN:
@@ -197,8 +197,8 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line.
 
     Args:
-        args: The arguments, command first; by default those of the process. Only errors of the latter are shortened to
-            one line. ``LIT_DPO_TRACEBACK=1`` shows them whole.
+        args: The command and its arguments; by default those of the process. Only by default are errors shortened to
+            one line. ``LIT_DPO_TRACEBACK=1`` shows the full traceback.
     """
     make_streams_safe()
     quiet_libraries()

@@ -36,8 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "best.monitor": "val/loss",
     "best.filename": "best-step{step}",
     "best.auto_insert_metric_name": False,
-    "best.save_on_train_epoch_end": False,  # at an evaluation, when there is a val/loss
-    "trainer.enable_model_summary": False,  # it counts packed 4-bit weights; the module logs its own summary
+    "best.save_on_train_epoch_end": False,  # but after an evaluation, when val/loss is known
+    "trainer.enable_model_summary": False,  # it miscounts packed 4-bit weights; the module logs its own
     "trainer.num_sanity_val_steps": -1,  # all held-out pairs, so that their metrics before the first step are known
     "trainer.max_epochs": 1,
     "trainer.log_every_n_steps": 1,
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def default_loggers(name: str) -> list[Logger]:
-    """``metrics.csv``, and TensorBoard events where tensorboard is installed, in a folder that no run had before."""
+    """Loggers to a new folder: ``metrics.csv``, and TensorBoard events if tensorboard is installed."""
     csv = CSVLogger("runs", name=name)
     if not RequirementCache("tensorboard"):
         return [csv]
@@ -53,12 +53,12 @@ def default_loggers(name: str) -> list[Logger]:
 
 
 def quiet_libraries() -> None:
-    """Hides messages of libraries that nobody who runs a command can act on."""
+    """Hides messages of libraries if the user of a command can do nothing about them."""
     for message in (
-        "`loftq_config` specified but will be ignored",  # peft, of its own default
+        "`loftq_config` specified but will be ignored",  # peft, about its own default
         "`is_gradient_checkpointing` is deprecated",  # peft, calling transformers
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning, calling torch
-        "The dirpath has changed from",  # lightning, of a resumed run, which gets a folder of its own
+        "The dirpath has changed from",  # lightning, about a resumed run, which gets its own folder
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -33,7 +33,7 @@ def one_line(message: str) -> str:
 
 
 def _names(kind: str) -> list[str]:
-    """Our classes of a kind that can be chosen by their short name."""
+    """Short names of the classes of a kind that ``lit_dpo.objectives`` offers."""
     classes = {name: getattr(objectives, name) for name in objectives.__all__}
     return [
         name
@@ -62,10 +62,10 @@ def with_suggestion(message: str, parser: Any) -> str:
 
 
 def line_for(error: Exception) -> str:
-    """One line for an error about the user's own settings or files; empty for any other, whose traceback is needed.
+    """One line for an error in the user's settings or files. Empty for any other error, which needs its traceback.
 
-    Errors raised in this package, and Lightning's checks of a configuration, already say what to do. Errors of a
-    value that Lightning raises elsewhere get the Trainer's key in front.
+    Errors raised in this package already say what to do. Errors raised in Lightning get the key of the Trainer's
+    argument in front.
     """
     if isinstance(error, ValueError | OSError | ImportError) and _raised_in(error, PACKAGE):
         return str(error)
@@ -81,7 +81,7 @@ def line_for(error: Exception) -> str:
 
 
 def message_of_class(message: str) -> str:
-    """What a class of ours said when it was built, taken from the parser's account of all the types that it tried."""
+    """The error that a class raised when it was built, taken from the parser's list of all the types that it tried."""
     said = re.search(r"Errors:\n(.*)\nGiven value type", message, re.DOTALL)
     items = re.split(r"^ *- ", said[1], flags=re.MULTILINE) if said else []
     theirs = ("Expected", "Does not validate", "Import path", "Problem with", "Not of type")
@@ -90,12 +90,12 @@ def message_of_class(message: str) -> str:
 
 
 def _with_trainer_key(message: str) -> str:
-    """Puts the key of the Trainer's argument that a message is about in front of it, if it can be told."""
-    keys = sorted(inspect.signature(Trainer.__init__).parameters, key=len, reverse=True)
-    for key in keys:
-        if key != "self" and re.search(rf"\b{key}\b", message):
-            return f"trainer.{key}: {message}"
-    if "Accelerator" in message:
+    """Adds the key of the Trainer's argument that a message is about, if the message mentions it."""
+    keys = [key for key in inspect.signature(Trainer.__init__).parameters if key != "self"]
+    places = {key: found.start() for key in keys if (found := re.search(rf"\b{key}\b", message))}
+    if places:
+        return f"trainer.{min(places, key=places.__getitem__)}: {message}"
+    if "ccelerator" in message or "backend found" in message:
         return f"trainer.accelerator: {message}"
     return message
 

@@ -1,4 +1,4 @@
-"""What overrides what: a checkpoint's arguments become defaults; files and the command line override them."""
+"""Precedence of settings: a checkpoint's arguments become defaults; files and the command line override them."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves i
 
 
 def given_checkpoint(args: list[str], command: str) -> str | None:
-    """The checkpoint file that arguments or configuration files name; None for names that the Trainer resolves."""
+    """The checkpoint file named in arguments or configuration files; None if the Trainer resolves the name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     parser.add_argument("--config", "-c", action="append", default=[])
@@ -31,9 +31,9 @@ def given_checkpoint(args: list[str], command: str) -> str | None:
     for file in given.config if not found else ():
         try:
             config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError:  # the parser will say so
+        except OSError:  # the parser reports this
             continue
-        except yaml.YAMLError as error:  # the parser would not say in which file
+        except yaml.YAMLError as error:  # the parser would not name the file
             raise ValueError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}.") from error
         parts = [config, config.get(command)] if isinstance(config, dict) else []
         found += [part["ckpt_path"] for part in parts if isinstance(part, dict) and "ckpt_path" in part]
@@ -45,8 +45,8 @@ def stored_arguments(path: str) -> dict[str, Any]:
     """The model's arguments that a checkpoint holds, without any ``trust_remote_code``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint, or if several checkpoints could be meant.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a checkpoint, or ``last`` or ``best``, which could mean several files.
     """
     if path in ("last", "best"):
         raise ValueError(
@@ -67,18 +67,18 @@ def stored_arguments(path: str) -> dict[str, Any]:
 
 
 def warn_of_overrides(now: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Warns of each setting of the model that differs from the checkpoint's."""
+    """Warns about each setting of the model that differs from the checkpoint's."""
     for setting, given, was in _differences("model", now, stored):
         rank_zero_warn(f"{setting} is {_shown(given)}, as given; the checkpoint stored {_shown(was)}.")
 
 
 @contextmanager
 def new_classes_start_afresh() -> Iterator[None]:
-    """Within this context a class of ours that replaces another starts from its own defaults.
+    """Within this context, a class of this project that replaces another starts from its own defaults.
 
-    jsonargparse would keep arguments of the same name: the β of one objective would become that of another. For classes
-    of libraries this stays so: another optimizer keeps the learning rate. jsonargparse has no public setting for this.
-    A setting of ``ArgumentParser`` would be the public way.
+    jsonargparse would keep arguments of the same name, so that a new objective would get the β of the old one. Classes
+    of libraries still keep them: another optimizer keeps the learning rate. jsonargparse has no public setting for
+    this. A setting of ``ArgumentParser`` would be the public way.
     """
     carry_over = _typehints.discard_init_args_on_class_path_change
 
@@ -93,7 +93,7 @@ def new_classes_start_afresh() -> Iterator[None]:
 
 
 def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The settings under a key that are not the same in two configurations; of another class, all as one."""
+    """The settings under a key that differ between two configurations. Different classes count as one difference."""
     both = isinstance(now, dict) and isinstance(was, dict)
     if both and _class(now.get("class_path")) == _class(was.get("class_path")):
         now, was = now.get("init_args", now), was.get("init_args", was)
@@ -104,7 +104,7 @@ def _differences(key: str, now: Any, was: Any) -> Iterator[tuple[str, Any, Any]]
 
 
 def _class(path: Any) -> Any:
-    """The class of a path, whichever of its modules that names; the path itself where there is no such class."""
+    """The class at a dotted path, so that different paths of one class compare equal; else the path itself."""
     module, _, name = str(path).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -113,13 +113,13 @@ def _class(path: Any) -> Any:
 
 
 def _is_ours(found: Any) -> bool:
-    """Whether a class is a kind of what this project defines."""
+    """Whether a class is an objective, a divergence or a reference of this project."""
     kinds = (objectives.Objective, objectives.Divergence, AnotherModel, MovingReference)
     return isinstance(found, type) and issubclass(found, kinds)
 
 
 def _comparable(value: Any) -> Any:
-    """A value whose equality means the same setting, however a class is named and modules are ordered."""
+    """A form in which equal settings compare equal: class paths become classes, and lists of names are sorted."""
     if isinstance(value, dict):
         return {
             **{name: _comparable(item) for name, item in value.items()},
@@ -132,7 +132,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A setting in few words."""
+    """A setting as a short text."""
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{name}={_shown(item)}" for name, item in value.get("init_args", {}).items())
         return f"{value['class_path'].rpartition('.')[2]}({arguments})"

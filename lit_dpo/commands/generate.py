@@ -37,23 +37,23 @@ def generate(
     """Answers prompts with the base and with the aligned model, side by side.
 
     Args:
-        ckpt_path: Checkpoint of a run; model and held-out data are taken from it.
+        ckpt_path: Checkpoint of a run. Its model and its held-out data are used.
         adapter: Folder of an exported adapter, instead of a checkpoint.
-        prompt: Prompt given here, or a list of them.
-        prompts: File of prompts: one a line, or JSON lines with a ``prompt``.
-        held_out: Number of held-out prompts to answer, of the checkpoint's data or of ``source``.
-        source: Where held-out prompts come from: as data.source.
+        prompt: A prompt, or a list of prompts.
+        prompts: File of prompts: one per line, or .jsonl with a ``prompt`` in each line.
+        held_out: Number of held-out prompts to answer, from the checkpoint's data or from ``source``.
+        source: Data with the held-out prompts, in any form that data.source takes.
         output: File to write instead of printing: .md, .jsonl or .txt.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 for greedy decoding, else sampling.
-        batch_size: Prompts that are answered together.
-        quantization: Quantization of an adapter's base; a checkpoint brings its own.
-        seed: Seed of sampling.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Temperature of sampling; 0 for greedy decoding.
+        batch_size: Number of prompts that are answered together.
+        quantization: Quantization of the base of ``adapter``. A checkpoint stores its own.
+        seed: Seed for sampling.
         trust_remote_code: Whether to run model code that comes with the base model's repository.
 
     Raises:
         ValueError: If neither or both of checkpoint and adapter are given, or no prompt.
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If a file or folder does not exist.
     """
     if (ckpt_path is None) == (adapter is None):
         raise ValueError("generate needs either --ckpt_path CHECKPOINT or --adapter FOLDER.")
@@ -78,7 +78,7 @@ def generate(
         base = config["base_model_name_or_path"]
         module = DPOModule(base, quantization=quantization, adapter=adapter, trust_remote_code=trust_remote_code)
         module.configure_model()
-        module.model.delete_adapter(REFERENCE_ADAPTER)  # to be compared with the bare base
+        module.model.delete_adapter(REFERENCE_ADAPTER)  # to compare with the base without any adapter
 
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts is not None:
@@ -109,7 +109,7 @@ def generate(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, or of JSON lines with a ``prompt``."""
+    """The prompts of a file: one per line, or .jsonl with a ``prompt`` in each line."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix != ".jsonl":
         return lines
@@ -123,7 +123,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule) -> PairDataset:
-    """The held-out pairs of ``source``, or else of the data that a checkpoint was trained on."""
+    """The held-out pairs of ``source`` if it is given, else of the data that a checkpoint was trained on."""
     tokenizer = module.tokenizer
     if source is not None:
         datamodule = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)

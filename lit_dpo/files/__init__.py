@@ -1,1 +1,1 @@
-"""Files on this machine: the cache folder, files inside installed packages, and files that are written whole."""
+"""Files and console: the cache folder, folders of installed packages, atomic writes, and safe printing."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, flushed to disk, then renamed."""
+"""Atomic writes: a file is written under a temporary name in the same folder, flushed to disk, then renamed."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path in the same folder to write to, and renames it to ``path`` at the end.
+    """Yields a temporary path in the same folder to write to, and renames it to ``path`` at the end.
 
-    If the block raises, the new file is removed and the old one, if there is one, stays as it is.
+    If the block raises, the temporary file is removed and an older file at ``path`` stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Where converted models, tokenized pairs and reference log-probs are kept."""
+"""The folder for converted models, tokenized pairs and reference log-probs."""
 
 import os
 from pathlib import Path

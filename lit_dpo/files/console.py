@@ -1,16 +1,16 @@
-"""Printing that cannot end a run, and the progress bars of libraries."""
+"""Printing that never fails on a character, and switching off the progress bars of libraries."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# What a terminal without Unicode shows instead.
+# Replacements for a terminal without Unicode
 ASCII = str.maketrans({"│": "|", "─": "-", "┼": "+", "»": ">", "…": "..."})
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints a line. Characters that the stream's encoding does not have are replaced, never an error."""
+    """Prints a line. Characters that the stream cannot encode are replaced instead of raising an error."""
     stream = sys.stdout if stream is None else stream
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -21,7 +21,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def make_streams_safe() -> None:
-    """Makes standard output and error replace characters that they cannot encode, whoever prints them."""
+    """Makes standard output and error replace characters that they cannot encode, for all code that prints."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)  # absent where a notebook or a test replaced the stream
         if reconfigure is not None:
@@ -30,7 +30,7 @@ def make_streams_safe() -> None:
 
 @contextmanager
 def library_bars(shown: bool) -> Iterator[None]:
-    """Within this context the progress bars of datasets and transformers are hidden, unless ``shown``."""
+    """Within this context the progress bars of datasets and transformers are hidden, unless ``shown`` is true."""
     bars: list[Any] = []
     if not shown and "datasets" in sys.modules:
         import datasets

@@ -7,7 +7,7 @@ PREFIX = "package:"
 
 
 def locate(name: str) -> str:
-    """Turns ``package:NAME[/FOLDER]`` into a path, without importing the package; returns any other name unchanged.
+    """Turns ``package:NAME[/FOLDER]`` into a path without importing the package. Returns any other name unchanged.
 
     Raises:
         FileNotFoundError: If the package is not installed or has no such folder.

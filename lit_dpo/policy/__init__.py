@@ -1,1 +1,1 @@
-"""Policy and reference: loading, attention, log-probs. Meets the data in ``PairBatch`` alone."""
+"""The policy: loading, adapters, attention, log-probs, generation. Its input is a ``PairBatch``."""

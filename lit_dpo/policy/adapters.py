@@ -1,4 +1,4 @@
-"""LoRA adapters: which are allowed, how they are put on a base, and the names of the copies beside the trained one."""
+"""LoRA adapters: which configurations are allowed, how adapters are added to a base, and the names of their copies."""
 
 import copy
 import warnings
@@ -8,30 +8,30 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-TRAINED_ADAPTER = "default"  # PEFT's own name
+TRAINED_ADAPTER = "default"  # PEFT's default name
 REFERENCE_ADAPTER = "reference"  # a frozen copy of the adapter that training starts from
 MOVING_ADAPTER = "moving"  # a copy that follows the trained adapter
 # Initializations that leave the base weights unchanged, so that "adapters off" is the initial policy.
 PLAIN_INITIALIZATIONS = (True, "gaussian")
-# Adapters on every linear layer but the head
+# Adapters on every linear layer except the head
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def belongs_to(name: str, adapter: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return adapter in name.split(".")  # a part of its own; the last part for embeddings
+    """Whether the parameter ``name`` belongs to ``adapter``."""
+    return adapter in name.split(".")  # in the middle of a linear layer's name, at the end of an embedding's
 
 
 def trained_counterpart(name: str) -> str:
-    """The name of the trained parameter that a parameter of the moving copy follows."""
+    """The name of the trained parameter that the parameter ``name`` of the moving copy follows."""
     return ".".join(TRAINED_ADAPTER if part == MOVING_ADAPTER else part for part in name.split("."))
 
 
 def choose_lora(lora: LoraConfig | None, adapter: str | None) -> LoraConfig:
-    """The shape of the adapters: as given, or ``LORA``.
+    """The adapters' configuration: ``lora`` if it is given, else ``LORA``.
 
     Raises:
-        ValueError: If training goes on from an adapter, which has its own shape.
+        ValueError: If ``adapter`` is given with a ``lora`` other than the default: it has its own configuration.
     """
     default = LoraConfig(**LORA)
     if adapter is not None and lora is not None and lora.to_dict() != default.to_dict():
@@ -43,7 +43,7 @@ def check_lora(lora: LoraConfig) -> None:
     """Refuses adapters for which "adapters off" is not the initial policy.
 
     Raises:
-        ValueError: Naming the field and the remedy.
+        ValueError: If a field is not supported. The message names the field and the remedy.
     """
     if lora.bias != "none":
         raise ValueError(f"model.lora.bias={lora.bias!r} trains the base, which is the reference. Use 'none'.")
@@ -63,17 +63,17 @@ def check_lora(lora: LoraConfig) -> None:
 
 
 def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, moving: bool) -> PeftModel:
-    """Puts adapters on a frozen base: fresh ones, or those of a folder, with the copies that the reference needs.
+    """Adds new or existing adapters to a frozen base, and the copies that the reference needs.
 
     Args:
         model: The base model, frozen.
-        base: What it was loaded from.
-        lora: Shape of fresh adapters.
-        adapter: Folder or hub id of an adapter to go on from. A frozen copy of it is loaded as ``reference``.
+        base: Name or folder that the base was loaded from.
+        lora: Configuration of new adapters.
+        adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is loaded as ``reference``.
         moving: Whether to add a copy that follows the trained adapter.
 
     Raises:
-        ValueError: If the adapters leave no initial policy to refer to.
+        ValueError: If ``check_lora`` refuses the adapters.
     """
     if adapter is None:
         check_lora(lora)
@@ -83,7 +83,7 @@ def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, m
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         check_lora(peft_model.peft_config[TRAINED_ADAPTER])
         peft_model.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-        disable_dropout(peft_model)  # the adapter's dropout belongs to its own training, not to this one
+        disable_dropout(peft_model)  # the dropout in an adapter's config belongs to its earlier training
     if moving:
         config = copy.deepcopy(peft_model.peft_config[TRAINED_ADAPTER])
         config.lora_dropout = 0.0
@@ -100,7 +100,7 @@ def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, m
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switches off every dropout: it would make policy and reference differ by noise."""
+    """Switches off all dropout. It would make policy and reference differ by noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -109,7 +109,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _check_base(adapter: str, base: str) -> None:
-    """Warns if an adapter was trained on another base than the one that it is put on."""
+    """Warns if the adapter was trained on a base other than ``base``."""
     trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"The adapter {adapter} was trained on {trained_on}, but model.base is {base}.", stacklevel=2)

@@ -1,9 +1,9 @@
 """Attention over the flat layout of ``PairBatch``, registered with transformers as ``lit_dpo``.
 
 A prompt token attends to its prompt. A response token attends to its prompt and to its own response. For each response
-this is causal attention over prompt + response. ``AttentionLayout`` computes once per batch where each token is; every
-layer then gathers its queries, keys and values and calls the fastest kernel that the hardware has. A forward without a
-``layout`` argument (generation, padded rows) runs transformers' own SDPA.
+this is causal attention over prompt + response. ``AttentionLayout`` computes once per batch where each token is. Every
+layer then gathers its queries, keys and values and calls the fastest kernel that the hardware has. A forward pass
+without a ``layout`` argument (generation, padded rows) runs transformers' own SDPA.
 """
 
 import inspect
@@ -23,15 +23,15 @@ from transformers.masking_utils import sdpa_mask
 from lit_dpo.data.batch import Segment
 
 NAME = "lit_dpo"
-# The cost of one more SDPA call, measured in attention scores of padding: fewer groups mean fewer calls, more padding.
+# Cost of one SDPA call, in attention scores. Fewer groups need fewer calls but more padding, which adds scores.
 CALL_COST = {"cpu": 2e4, "cuda": 2e6}
-# Padded lengths are multiples of this. The vectors of a CPU kernel then end where the row ends, and a pair's attention
-# is rounded in the same way whatever it is batched with.
+# Padded lengths are multiples of this. A CPU kernel then works on whole vectors only, so the rounding of a pair's
+# attention does not depend on the other pairs in the batch.
 ROW_MULTIPLE = 32
 
 
 class UnsupportedAttentionError(NotImplementedError):
-    """The architecture needs an attention feature that the flat layout does not have."""
+    """The architecture needs an attention feature that the flat layout does not support."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Gather:
     """A reordering of the flat row in which a prompt appears once for each of its responses.
 
     Attributes:
-        index: The token at each of N places, (N,).
-        first_places: The first place of each of T tokens, (T,).
-        repeats: Tokens that appear a second time, with their places; then those that appear a third time, and so on.
+        index: Index of the token at each of N places, (N,).
+        first_places: First place of each of T tokens, (T,).
+        repeats: (tokens, places) of the tokens that appear a second time, then of those that appear a third time, and
+            so on.
     """
 
     index: Tensor
@@ -49,7 +50,7 @@ class Gather:
     repeats: tuple[tuple[Tensor, Tensor], ...]
 
     def __call__(self, row: Tensor) -> Tensor:
-        """Takes (T, …) to (N, …). The gradient of a repeated token is the sum over its places, in a fixed order."""
+        """Maps (T, …) to (N, …). The gradient of a repeated token is the sum over its places, in a fixed order."""
         return _Gathered.apply(row, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -81,7 +82,7 @@ class AttentionLayout:
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def window_mask(self, length: int, window: int) -> Tensor:
-        """The mask of causal attention with a sliding window, (length, length); True where a query sees a key."""
+        """Mask of causal attention with a sliding window, (length, length). True where a query sees a key."""
         if (length, window) not in self._masks:
             position = torch.arange(length, device=self.device)
             distance = position[:, None] - position[None, :]
@@ -93,7 +94,7 @@ class AttentionLayout:
         """Each prompt + response as a row of its own, in groups of similar length, padded within a group.
 
         Returns:
-            The gather of the tokens, and (rows, length) of each group.
+            The gather that builds the rows, and (number of rows, padded length) of each group.
         """
         rows = list(self._conversations())
         lengths = [len(row) for row in rows]
@@ -116,9 +117,9 @@ class AttentionLayout:
 
     @cached_property
     def keys(self) -> Gather:
-        """Keys of each prompt + response, pair by pair, without padding.
+        """Gathers the keys (or values) of each prompt + response, pair by pair, without padding.
 
-        The matching queries are those of the flat row: prompt + first response, then each other response alone.
+        The queries stay in the order of the flat row: prompt + first response, then each other response alone.
         """
         rows = list(self._conversations())
         offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0).tolist()
@@ -126,7 +127,7 @@ class AttentionLayout:
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """Offsets of the queries and of the keys of S sequences, (S + 1,) each, and the longest of each."""
+        """Offsets of the queries and of the keys of S sequences, (S + 1,) each, and the greatest length of each."""
         queries = [length for s in self.segments for length in (s.prompt + s.responses[0], *s.responses[1:])]
         keys = [s.prompt + length for s in self.segments for length in s.responses]
         q, k = (torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32) for lengths in (queries, keys))
@@ -150,7 +151,7 @@ class AttentionLayout:
         responses = [(segment.prompt, number) for segment in self.segments for number in range(len(segment.responses))]
         for (prompt, number), row, offset in zip(responses, rows, offsets, strict=True):
             places = torch.arange(offset, offset + len(row))
-            new = prompt if number else 0  # the first places of the prompt are those with the first response
+            new = prompt if number else 0  # the prompt's first places are beside the first response
             first_places[row[new:]] = places[new:]
             if number:
                 repeats[number - 1].append((row[:new], places[:new]))
@@ -164,9 +165,10 @@ class AttentionLayout:
 
 
 def group(lengths: Sequence[int], call_cost: float) -> list[int]:
-    """Sizes of the cheapest groups of rows of ascending length, where each row is padded to its group's longest.
+    """Splits rows of ascending length into groups at the lowest total cost, and returns the group sizes.
 
-    A row padded to length n costs n² scores. A group costs ``call_cost`` scores besides.
+    Each row is padded to the longest of its group. A row padded to length n costs n² scores. Each group costs
+    ``call_cost`` scores in addition.
 
     Example:
         >>> group([10, 11, 100, 101], call_cost=1000)
@@ -187,14 +189,14 @@ def group(lengths: Sequence[int], call_cost: float) -> list[int]:
 def flat_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, *, scale: float, window: int | None = None
 ) -> Tensor:
-    """Attention of the tokens of all pairs.
+    """Attention over the flat row of all pairs.
 
     Args:
         query: Queries of the flat row, (T, H, D).
         key: Keys, (T, G, D) with G a divisor of H (grouped-query attention).
         value: Values, (T, G, D).
-        layout: Which tokens belong together, T in all.
-        scale: Factor of the scores.
+        layout: Where the tokens of each pair are, T in all.
+        scale: Factor on the scores.
         window: Number of keys that a token sees, its own included (sliding-window attention); None for all.
 
     Returns:
@@ -212,7 +214,7 @@ def flat_attention(
 
 @cache
 def varlen_parameters() -> frozenset[str]:
-    """The parameters of torch's variable-length attention; none where this torch does not have it."""
+    """Names of the parameters of torch's variable-length attention. Empty if this torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -221,9 +223,9 @@ def varlen_parameters() -> frozenset[str]:
 
 
 def _can_run_varlen(query: Tensor) -> bool:
-    """Whether variable-length flash attention runs: on CUDA from Ampere on, in half precision.
+    """Whether variable-length flash attention can run: on CUDA, Ampere or newer, in half precision.
 
-    ``window_size`` says how queries are aligned with a larger number of keys, so torch must have it.
+    It must have ``window_size``, which defines how queries are aligned with a larger number of keys.
     """
     return (
         query.is_cuda
@@ -238,7 +240,7 @@ def _can_run_varlen(query: Tensor) -> bool:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float, window: int | None
 ) -> Tensor:
-    """One call for all pairs: causal attention with more keys than queries, aligned at their ends."""
+    """One call for all pairs: causal attention with more keys than queries, both aligned at their ends."""
     from torch.nn.attention.varlen import varlen_attn
 
     q_bounds, k_bounds, longest_q, longest_k = layout.bounds
@@ -268,7 +270,7 @@ def _padded_groups(
     gather, groups = layout.rows
     heads, width = query.shape[1:]
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:  # SDPA's memory-efficient kernel needs as many keys as queries
+    if grouped and query.is_cuda:  # SDPA's memory-efficient kernel needs as many key heads as query heads
         key, value = (_expand_heads(part, heads) for part in (key, value))
         grouped = False
     sizes = [rows * length for rows, length in groups]

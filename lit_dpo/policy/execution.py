@@ -1,6 +1,6 @@
-"""How the layers run: recomputed in the backward pass where memory is short, compiled where it saves time.
+"""How the layers run: recomputed in the backward pass if memory is short, compiled if it saves time.
 
-Recomputation changes no number. Compilation changes rounding only.
+Recomputation changes no result. Compilation changes only the rounding.
 """
 
 import os
@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_dpo.policy.lora import gated_product
 
 Switch: TypeAlias = bool | Literal["auto"]
-USABLE = 0.7  # share of the free memory for activations; the measurement below does not count everything
-PAYS_AFTER = 500  # batches: compilation takes as long as about 200 batches of a small model save
+USABLE = 0.7  # share of the free memory that activations may take; the measurement below misses some of them
+PAYS_AFTER = 500  # batches; with a small model, about 200 batches save the time that compilation takes
 
 
 class Recomputation:
@@ -27,7 +27,7 @@ class Recomputation:
 
     Args:
         model: The model.
-        mode: Always, never, or ``auto``: for a batch whose activations would not fit into the free memory.
+        mode: True recomputes always, False never, and ``auto`` if a batch's activations would not fit into free memory.
     """
 
     def __init__(self, model: PeftModel, mode: Switch) -> None:
@@ -46,9 +46,9 @@ class Recomputation:
         """In mode ``auto``, switches recomputation on or off for a batch.
 
         Args:
-            num_tokens: Tokens of the batch.
+            num_tokens: Number of tokens in the batch.
             device: Device of the batch.
-            probe: Runs a small forward pass with gradients and returns its number of tokens; called once.
+            probe: Runs a small forward pass with gradients and returns its number of tokens. Called once.
         """
         if self.mode != "auto" or not self.layers:
             return
@@ -63,7 +63,7 @@ class Recomputation:
 
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(cuda), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                tokens = probe()  # must not draw from the generators, whose state a resumed run continues
+                tokens = probe()  # must not change the random state, or a resumed run would differ
             self._bytes_per_token = sum(kept.values()) / tokens
         self._switch(self._bytes_per_token * num_tokens > USABLE * _free_memory(device))
 
@@ -80,7 +80,7 @@ def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> 
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Fuses the layers' elementwise operations, for batches of any length. Products and attention are not compiled."""
+    """Compiles the layers for batches of any length. Fuses elementwise operations, not products and attention."""
     # Rounds where eager execution rounds. Otherwise a forward pass with gradients would differ from one without, and in
     # bfloat16 the policy would not equal the reference at the start.
     options: dict[str, Any] = {"dynamic": True, "options": {"emulate_precision_casts": True}}

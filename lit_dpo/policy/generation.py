@@ -49,9 +49,9 @@ def compare(
         policy: The policy.
         tokenizer: Its tokenizer.
         prompts: The prompts.
-        max_new_tokens: Most tokens of an answer. An answer that is cut ends in an ellipsis.
-        temperature: 0 for greedy decoding.
-        batch_size: Prompts in a batch.
+        max_new_tokens: Maximum number of tokens of an answer. An answer that is cut ends in an ellipsis.
+        temperature: Temperature of sampling; 0 for greedy decoding.
+        batch_size: Number of prompts in a batch.
     """
     was_training = policy.training
     policy.eval()
@@ -86,7 +86,7 @@ def _answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
     )
-    with torch.compiler.set_stance("force_eager"):  # compiled layers save nothing when tokens come one at a time
+    with torch.compiler.set_stance("force_eager"):  # compilation does not pay for one token at a time
         outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     answers = []
     for tokens in outputs[:, width:].tolist():

@@ -27,24 +27,24 @@ def load_policy(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PeftModel:
-    """Loads the base and puts adapters on it, in training mode, with the base's own dropout switched off.
+    """Loads the base and adds adapters to it. Returns it in training mode, with the base's own dropout switched off.
 
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
-        quantization: 4-bit or 8-bit; None for none.
-        lora: Shape of fresh adapters; unused if ``adapter`` is given.
-        adapter: Folder or hub id of an adapter to go on from. A frozen copy of it is loaded as ``reference``.
+        quantization: Configuration of 4-bit or 8-bit quantization; None for no quantization.
+        lora: Configuration of new adapters; unused if ``adapter`` is given.
+        adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is loaded as ``reference``.
         dtype: Type of all base weights that are not quantized.
-        device: Where to load.
+        device: Device to load the model to.
         moving: Whether to add a copy of the adapters that follows the trained ones.
-        progress_bar: Whether to show the loading of the weights.
+        progress_bar: Whether to show a progress bar while the weights load.
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run model code that comes with the repository.
 
     Raises:
         BaseModelError: If the base cannot be loaded.
-        ValueError: If the adapters leave no initial policy to refer to.
+        ValueError: If ``check_lora`` refuses the adapters.
     """
     name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}

@@ -1,7 +1,7 @@
-"""Hidden states ──► log-probabilities of given tokens, without ever holding the logits.
+"""Hidden states ──► log-probabilities of given tokens, without storing the logits of all tokens.
 
-A chunk of tokens at a time, and with a frozen head the gradient in the hidden state is computed in the same pass: it
-depends on nothing that comes later but one factor a token.
+Tokens are processed in chunks. If the head is frozen, the forward pass also computes the gradient of each log-prob with
+respect to the hidden state. The backward pass then only multiplies it by one factor per token.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_dpo.objectives import TokenStatistics
 
-CHUNK = 256  # tokens whose logits exist at one time
+CHUNK = 256  # tokens per chunk; only one chunk's logits are in memory at a time
 
 
 class TokenLogps(NamedTuple):
-    """Log-probabilities of R tokens, and, if asked for, what their distributions were like."""
+    """Log-probabilities of R tokens and, if requested, statistics of the distribution at each token."""
 
     logps: Tensor  # (R,) nats
     statistics: TokenStatistics | None
@@ -27,13 +27,13 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, statistics: bo
     """Log-probability of each target under softmax(head(hidden)).
 
     Args:
-        hidden: Hidden states at the positions that predict, (R, d).
+        hidden: Hidden states at the positions that predict the targets, (R, d).
         targets: Ids of the predicted tokens, (R,).
         head: The language-model head, d → V.
-        statistics: Whether to give entropy and the like, at the price of more passes over the vocabulary.
+        statistics: Whether to compute entropy and other statistics, which takes more passes over the vocabulary.
 
     Returns:
-        In nats, float32 (float64 for float64 input).
+        Log-probs in nats, float32 (float64 for float64 input), with the statistics if requested.
     """
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         device = hidden.device.type
@@ -49,14 +49,14 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, statistics: bo
 
 
 def gather_logps(logits: Tensor, targets: Tensor, statistics: bool = False) -> TokenLogps:
-    """The same from logits (R, V), in float32 at least."""
+    """The same as ``token_logps``, from logits (R, V). Computes in float32 or a wider type."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logps = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
     return TokenLogps(logps, _statistics(logits.detach().log_softmax(-1), targets) if statistics else None)
 
 
 def _statistics(log_probabilities: Tensor, targets: Tensor) -> TokenStatistics:
-    """From log p of every word, (R, V)."""
+    """Statistics of R distributions, from the log-probs of the whole vocabulary, (R, V)."""
     return TokenStatistics(
         entropy=-(log_probabilities.exp() * log_probabilities).sum(-1),
         top1=(log_probabilities.argmax(-1) == targets).to(log_probabilities.dtype),
@@ -65,7 +65,7 @@ def _statistics(log_probabilities: Tensor, targets: Tensor) -> TokenStatistics:
 
 
 def _joined(parts: list[Any]) -> list[Tensor]:
-    """Tensors of the same kind from each part, one after the other."""
+    """Concatenates the tensors of the same kind from all parts."""
     return [torch.cat(kind) for kind in zip(*parts, strict=True)]
 
 
@@ -74,7 +74,7 @@ def _named(logps: Tensor, *statistics: Tensor) -> TokenLogps:
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
-    """With z = Wh + b and p = softmax(z): log p_t and its gradient in h, (e_t - p)ᵀW, in one pass over the words."""
+    """log p_t for p = softmax(Wh + b), and its gradient with respect to h, (e_t - p)ᵀW, in one pass."""
 
     @staticmethod
     def forward(
@@ -91,7 +91,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
                 if statistics:
                     extras.append(_statistics(logits, t))
                 if needs_gradient:
-                    # p - 1 before it is rounded to half precision: of a likely token it is small
+                    # Subtract 1 before rounding to half precision: for a likely token, p - 1 is small.
                     excess = logits.exp_()
                     excess[torch.arange(len(t), device=t.device), t] -= 1
                     gradients.append(-(excess.to(weight.dtype) @ weight))

@@ -1,9 +1,9 @@
 """A LoRA layer's base product and low-rank update as one autograd function.
 
 PEFT runs them as a chain of functions: it clones the base's output, multiplies, scales and adds. That makes five
-tensors of the output's size. Here the matrix multiplication adds the update in place. The backward pass keeps only the
-input and its r low-rank numbers per token. In a gated feed-forward layer the backward pass recomputes act(gate)·up
-instead of keeping it. The layers remain PEFT's: what the fused functions do not cover runs through PEFT's own forward.
+tensors of the output's size. Here a matrix multiplication adds the update in place. For the backward pass only the
+input and r low-rank numbers per token are kept. In a gated feed-forward layer the backward pass recomputes act(gate)·up
+instead of keeping it. The layers remain PEFT's. Cases that the fused functions do not support run PEFT's own forward.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Product: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tens
 
 
 def fuse_adapters(model: PeftModel) -> None:
-    """Replaces the forward of every LoRA layer on a plain or 4-bit linear layer, and of every gated layer of three."""
+    """Replaces the forward of LoRA layers on plain or 4-bit linear layers, and of gated feed-forward layers."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and _is_covered(module.get_base_layer()):
             _replace_forward(module, _forward)
@@ -44,18 +44,18 @@ def _replace_forward(module: Any, forward: Callable[..., Tensor]) -> None:
 
 
 def _is_covered(base: nn.Module) -> bool:
-    """Whether the fused functions know how to multiply by the weights of this layer."""
+    """Whether the fused functions can multiply by the weights of this layer."""
     return type(base) is nn.Linear or is_linear4bit(base)
 
 
 def gated_product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """The hidden layer of a gated feed-forward layer (GLU; Shazeer 2020, arXiv:2002.05202)."""
+    """The hidden activations of a gated feed-forward layer (GLU; Shazeer 2020, arXiv:2002.05202)."""
     return activation(gate) * up
 
 
 @torch.no_grad()
 def is_gated(module: nn.Module) -> bool:
-    """Whether a module computes down(act(gate(x))·up(x)): its parts have the names, and its output has the values."""
+    """Whether a module computes down(act(gate(x))·up(x)). Checks the names of its parts and one output."""
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if not all(hasattr(module, name) for name in names) or not isinstance(module.down_proj, LoraLayer):
         return False
@@ -71,7 +71,7 @@ def is_gated(module: nn.Module) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a LoRA layer: fused for plain LoRA with at most one active adapter, else PEFT's."""
+    """The forward of a LoRA layer: fused for plain LoRA with at most one active adapter, else PEFT's own."""
     adapters, dtype = _adapters(layer), _product_type(x)
     if args or kwargs or not _is_plain(layer, adapters, dtype):
         return original(x, *args, **kwargs)
@@ -84,8 +84,8 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """The forward of a gated feed-forward layer: fused if its last layer can be."""
-    if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # adapters can be unloaded
+    """The forward of a gated feed-forward layer: fused if its down projection can be fused."""
+    if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # PEFT can unload adapters
         return original(x)
     adapters, dtype = _adapters(layer.down_proj), _product_type(x)
     if not adapters or not _is_plain(layer.down_proj, adapters, dtype):
@@ -104,7 +104,7 @@ def _adapters(layer: Any) -> list[str]:
 def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
     """Whether a layer computes W + scale·B·A with a frozen W: not merged, no variant such as DoRA, no active dropout.
 
-    The products of a quantized W must have the type of the other matrix products.
+    If W is quantized, its products must have type ``dtype``, like the other matrix products.
     """
     base = layer.get_base_layer()
     if base.weight.requires_grad or getattr(base, "compute_dtype", None) not in (None, dtype):
@@ -118,13 +118,13 @@ def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """The type of matrix products of x: autocast's, or that of x."""
+    """The type of matrix products with x: autocast's type if autocast is on, else the type of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight, quantized or not, and bias of the base layer."""
+    """Weight (quantized or not) and bias of the base layer."""
     base = layer.get_base_layer()
     return base.weight, None if base.bias is None else base.bias.to(dtype)
 
@@ -155,7 +155,7 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
 def _gradients(
     gradient: Tensor, x: Tensor, low: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, A and B, given that in the output."""
+    """Gradients with respect to x, A and B, given the gradient with respect to the output."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     low_gradient = (rows @ b).mul_(scale)  # (T, r)
     x_gradient = rows @ _dense(weight, rows.dtype)
@@ -179,7 +179,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """xWᵀ + bias + s·(xAᵀ)Bᵀ, keeping x and xAᵀ."""
+    """xWᵀ + bias + s·(xAᵀ)Bᵀ. Keeps x and xAᵀ for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -197,7 +197,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _GatedLoraLinear(torch.autograd.Function):
-    """The same for x = product(gate, up). It keeps gate and up, and the backward pass recomputes x from them."""
+    """``_LoraLinear`` for x = product(gate, up). Keeps gate and up. The backward pass recomputes x from them."""
 
     @staticmethod
     def forward(

@@ -27,9 +27,9 @@ class Policy(nn.Module):
     Args:
         model: The PEFT model.
         layout: ``flat`` computes each prompt once, without padding. ``padded`` computes each response in a row of its
-            own, through the model's own forward. ``auto`` takes flat if both give the same log-probs on a few tokens,
-            else padded, with a warning.
-        recompute: Whether layers recompute their activations in the backward pass; ``auto``: where memory is short.
+            own, through the model's own forward. ``auto`` is ``flat`` if both give the same log-probs on a few tokens,
+            else ``padded``, with a warning.
+        recompute: Whether layers recompute their activations in the backward pass. ``auto`` does if memory is short.
         statistics: Whether ``logps`` also computes the entropy and other statistics of each response token.
 
     Raises:
@@ -57,7 +57,7 @@ class Policy(nn.Module):
             self.flat = False
 
     def summary(self) -> str:
-        """Numbers of parameters, and the layout, in a line."""
+        """The numbers of parameters and the layout, in one line."""
         trainable, total = self.model.get_nb_trainable_parameters()
         layout = "flat" if self.flat else "padded"
         return f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, {layout} layout"
@@ -67,14 +67,14 @@ class Policy(nn.Module):
         return batch.sum_responses(*self.token_logps(batch, self.statistics))
 
     def token_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
-        """Log-prob of each response token, (R,), in nats, with statistics of the policy's distribution if asked for."""
+        """Log-prob of each response token, (R,), in nats, with statistics of the distributions if requested."""
         if torch.is_grad_enabled():
             device = batch.input_ids.device
             self.recomputation.prepare(self._num_computed(batch), device, lambda: self._probe(device))
         return self._flat_logps(batch, statistics) if self.flat else self._padded_logps(batch, statistics)
 
     def compile_layers(self) -> None:
-        """Fuses the layers' elementwise operations. Compilation takes half a minute at the first batches."""
+        """Compiles the layers, which fuses elementwise operations. This takes half a minute at the first batches."""
         compile_layers(self.model)
         self.compiled = True
 
@@ -88,14 +88,14 @@ class Policy(nn.Module):
     def frozen(self, adapter: str | None) -> Iterator[None]:
         """Within this context another adapter is active, or none, and no gradients are recorded.
 
-        A backward pass outside the context would run with the trained adapter and give wrong gradients.
+        Recomputation in a backward pass outside the context would use the trained adapter and give wrong gradients.
         """
         with torch.no_grad():
             if adapter is None:
                 with self.model.disable_adapter():
                     yield
                 return
-            # PeftModel.set_adapter has inference_mode since peft 0.19; the tuner inside it also has it before.
+            # PeftModel.set_adapter takes inference_mode since peft 0.19. The tuner inside it took it earlier too.
             self.model.base_model.set_adapter(adapter, inference_mode=True)
             try:
                 yield
@@ -103,12 +103,12 @@ class Policy(nn.Module):
                 self.model.set_adapter(TRAINED_ADAPTER)
 
     def _flat_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
-        """Log-probs from the flat row."""
+        """Log-probs in the flat layout."""
         causal_lm: Any = self.model.get_base_model()
         hidden = causal_lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            # transformers passes a mask of four dimensions on unchanged. This one is not read: it saves building one.
+            # transformers passes a mask of four dimensions on unchanged. Nothing reads this one; it saves building one.
             attention_mask=torch.zeros(1, 1, 1, 1, device=batch.input_ids.device),
             use_cache=False,
             layout=AttentionLayout(batch.segments, batch.input_ids.device),
@@ -116,17 +116,20 @@ class Policy(nn.Module):
         return token_logps(hidden[batch.predictors], batch.targets, causal_lm.get_output_embeddings(), statistics)
 
     def _padded_logps(self, batch: PairBatch, statistics: bool = False) -> TokenLogps:
-        """Log-probs from separate rows and the model's own logits."""
+        """Log-probs in the padded layout, from the model's own logits."""
         rows = batch.padded()
         logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
         return gather_logps(logits[:, :-1][rows.response_mask[:, 1:]], batch.targets, statistics)
 
     def _num_computed(self, batch: PairBatch) -> int:
-        """Number of tokens in a forward pass, padding included."""
+        """Number of tokens in a forward pass, including padding."""
         return batch.input_ids.numel() if self.flat else batch.padded().input_ids.numel()
 
     def _probe(self, device: torch.device) -> int:
-        """Runs a small batch and returns its number of tokens, large enough that the adapters' own part is small."""
+        """Runs a small batch and returns its number of tokens.
+
+        The batch is large enough that the adapter weights hardly count in the memory per token.
+        """
         batch = self._small_batch(device, copies=10)
         (self._flat_logps if self.flat else self._padded_logps)(batch)
         return self._num_computed(batch)
@@ -140,10 +143,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _why_not_flat(self) -> str | None:
-        """Switches the model to attention over the flat row, if it then gives its own log-probs; else says why not.
+        """Switches the model to attention over the flat row if this keeps its log-probs. Otherwise returns the reason.
 
-        Only what tells of an unsupported architecture is caught. A TypeError or an AttributeError is a mistake in the
-        code and is raised.
+        Only errors of an unsupported architecture are caught. A TypeError or an AttributeError is a mistake in the code
+        and is raised.
         """
         causal_lm: Any = self.model.get_base_model()
         parameters = inspect.signature(causal_lm.base_model.forward).parameters

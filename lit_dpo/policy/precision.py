@@ -17,10 +17,10 @@ NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_
 
 
 def precision_for(device: torch.device) -> str:
-    """The Trainer's precision that is fastest on a device: bfloat16 where the hardware multiplies it.
+    """The fastest Trainer precision on a device: bfloat16 if the hardware supports it.
 
-    A GPU without bfloat16 (T4, V100) gets ``16-mixed``. A CPU without it gets ``32-true``, because it emulates bfloat16
-    a hundred times slower.
+    A GPU without bfloat16 (T4, V100) gets ``16-mixed``. A CPU without it gets ``32-true``, because emulating bfloat16
+    is a hundred times slower.
     """
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
@@ -28,7 +28,7 @@ def precision_for(device: torch.device) -> str:
 
 
 def dtype_for(precision: str) -> torch.dtype:
-    """The type of matrix products under a Trainer's precision.
+    """The type of matrix products under a Trainer precision.
 
     Raises:
         ValueError: If the precision would corrupt 4-bit weights or train the adapters in half precision.
@@ -42,7 +42,7 @@ def dtype_for(precision: str) -> torch.dtype:
 
 
 def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The configuration of a chosen quantization, with 4-bit matrix products in ``dtype`` unless it names another type.
+    """The configuration of a quantization. 4-bit matrix products are in ``dtype`` unless it sets another type.
 
     Raises:
         ValueError: If the configuration quantizes nothing.
@@ -67,7 +67,7 @@ def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def describe(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> str:
-    """The number type of the base weights, in a word: ``nf4``, ``int8``, ``bfloat16``."""
+    """The type of the base weights, in a word: ``nf4``, ``int8``, ``bfloat16``."""
     if quantization is None:
         return str(dtype).removeprefix("torch.")
     return str(quantization.bnb_4bit_quant_type) if quantization.load_in_4bit else "int8"
@@ -90,5 +90,5 @@ def disable_repacking(model: nn.Module) -> None:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products. torch has no public function that tells."""
+    """Whether the CPU has instructions for bfloat16 products. torch has no public function for this."""
     return bool(torch.cpu._is_avx512_bf16_supported())

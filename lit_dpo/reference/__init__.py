@@ -1,4 +1,4 @@
-"""What the policy is compared with: its own start, another model, a copy that follows it, or nothing."""
+"""The reference of the policy: the initial policy, another model, a moving copy of the policy, or none."""
 
 from lit_dpo.reference.another import AnotherModel
 from lit_dpo.reference.base import NoReference, Reference

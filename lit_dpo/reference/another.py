@@ -21,7 +21,7 @@ class OtherPolicy(InitialPolicy):
     """A model other than the one in training, loaded at the first use.
 
     Args:
-        load: Loads it, frozen.
+        load: Function that loads the model, frozen.
     """
 
     def __init__(self, load: Callable[[], Policy]) -> None:
@@ -29,13 +29,13 @@ class OtherPolicy(InitialPolicy):
 
     @cached_property
     def policy(self) -> Policy:  # type: ignore[override]
-        """The model."""
+        """The model, loaded at the first access."""
         return self._load()
 
     def release(self) -> None:
         """Frees the model. The next use loads it again."""
         vars(self).pop("policy", None)
-        gc.collect()  # the layers and their replaced forwards refer to each other
+        gc.collect()  # the layers and their replaced forwards form reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -46,10 +46,10 @@ class AnotherModel:
     It must have the policy's vocabulary, because both read the same token ids.
 
     Args:
-        base: Hub id, local folder, GGUF file or ``package:NAME``.
-        quantization: ``nf4``, transformers' ``BitsAndBytesConfig``, or null for none.
-        adapter: Folder or hub id of an adapter to put on it.
-        cached: Whether to compute its log-probs once, keep them on disk, and then free the model.
+        base: The reference model: hub id, local folder, GGUF file, or ``package:NAME`` for an installed Python package.
+        quantization: ``nf4`` (4 bits, as in QLoRA), a ``BitsAndBytesConfig`` of transformers, or null for none.
+        adapter: Folder or hub id of an adapter for the reference model.
+        cached: Whether to compute the log-probs once, keep them on disk, and then free the model.
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run model code that comes with the repository.
@@ -69,15 +69,15 @@ class AnotherModel:
         self.gguf_file, self.revision, self.trust_remote_code = gguf_file, revision, trust_remote_code
 
     def open(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> OtherPolicy:
-        """The model, with base weights and matrix products in ``dtype``.
+        """The reference, with base weights and matrix products in ``dtype``. Its first use loads the model.
 
         Args:
-            tokenizer: The policy's, to compare vocabularies.
+            tokenizer: The policy's tokenizer, to compare vocabularies.
             dtype: Type of the base weights that are not quantized, and of 4-bit matrix products.
-            device: Where it will be loaded.
+            device: Device to load the model to.
 
         Raises:
-            ValueError: If it is not there, or the vocabularies differ.
+            ValueError: If the tokenizer of ``base`` cannot be loaded, or the vocabularies differ.
         """
         source: dict[str, Any] = {
             "gguf_file": self.gguf_file,

@@ -1,4 +1,4 @@
-"""What every reference offers: log-probs of a batch, without gradients."""
+"""The interface of all references: log-probs of a batch, without gradients."""
 
 from abc import ABC, abstractmethod
 
@@ -12,7 +12,7 @@ class Reference(ABC):
     """Computes the log-probs that the policy is compared with.
 
     Attributes:
-        exists: Whether it computes any.
+        exists: Whether there are log-probs to compare with; False for ``NoReference``.
     """
 
     exists = True
@@ -22,7 +22,7 @@ class Reference(ABC):
         """Log-probs of P pairs, without gradients."""
 
     def end_step(self, step: int) -> None:  # noqa: B027
-        """Called after each optimizer step, counted from 1. A reference that follows the policy moves here."""
+        """Called after each optimizer step, counted from 1. A reference that follows the policy is updated here."""
 
 
 class NoReference(Reference):
@@ -31,5 +31,5 @@ class NoReference(Reference):
     exists = False
 
     def logps(self, batch: PairBatch) -> PairLogps:
-        """Zeros."""
+        """Zeros for P pairs."""
         return batch.sum_responses(torch.zeros(len(batch.targets), device=batch.targets.device))

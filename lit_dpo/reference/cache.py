@@ -2,10 +2,10 @@
 
 The cache holds one number per response token. The key of a pair is the digest of its token ids. The folder's name is a
 digest of everything else that the log-probs depend on: base weights, quantization, the adapter that training starts
-from, and the type of the matrix products. It also covers what decides their rounding: layout, compilation, torch's
-version and the processor. (Rounding moves the log-prob of a whole answer by about a nat in bfloat16.) It does not cover
-the objective, learning rate, epochs, filters or output folder. Source, tokenizer, chat template and truncation need no
-place in it, because the token ids already depend on them.
+from, and the type of the matrix products. It also covers what changes the rounding: layout, compilation, torch's
+version and the processor. (In bfloat16, rounding changes the log-prob of a whole answer by about a nat.) It does not
+cover the objective, learning rate, epochs, filters or output folder. Nor does it cover source, tokenizer, chat template
+and truncation, because the token ids already depend on them.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from lit_dpo.objectives import PairLogps
 from lit_dpo.reference.base import Reference
 from lit_dpo.reference.initial import InitialPolicy
 
-KEY = np.dtype("S16")  # of TokenizedPair.key
-BATCH_TOKENS = 8192  # in a batch of the reference pass
+KEY = np.dtype("S16")  # type of TokenizedPair.key
+BATCH_TOKENS = 8192  # maximum number of tokens in a batch of the reference pass
 SHARD_SECONDS, SHARD_PAIRS = 30.0, 4096  # a shard is written at least this often; an interruption loses no more
 
 
@@ -42,21 +42,21 @@ class Pairs(Protocol):
         """One pair."""
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
-        """``TokenizedPair.key`` of each."""
+        """``TokenizedPair.key`` of each pair."""
 
     def num_tokens(self, indices: Sequence[int]) -> list[int]:
-        """Tokens of each."""
+        """Number of tokens of each pair."""
 
 
 class CachedReference(Reference):
-    """A frozen policy's log-probs on disk. Pairs that are missing are computed and added.
+    """A frozen policy's log-probs on disk. Log-probs of missing pairs are computed and added.
 
-    Each shard is a file with the keys and token log-probs of some pairs. It is written whole, and its name is the
+    Each shard is a file with the keys and token log-probs of some pairs. It is written atomically, and its name is the
     digest of its content. A damaged shard is therefore noticed, removed and computed again.
 
     Args:
-        initial: Computes the log-probs.
-        folder: The folder of this reference's shards.
+        initial: Policy that computes missing log-probs.
+        folder: Folder of this reference's shards.
     """
 
     def __init__(self, initial: InitialPolicy, folder: Path) -> None:
@@ -64,14 +64,14 @@ class CachedReference(Reference):
         self._names: set[str] = set()  # names of the shards that were read
         self._shards: list[Any] = []  # open shards
         self._keys = np.empty(0, KEY)  # sorted
-        self._places = np.empty((0, 3), np.int64)  # for each key: number of its shard, first and last offset in it
-        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; inference mode would mark tensors
+        self._places = np.empty((0, 3), np.int64)  # for each key: index of its shard, start and end offset in it
+        self._new: dict[bytes, np.ndarray] = {}  # not on disk yet; NumPy, as autograd rejects inference tensors
         self._saved = time.monotonic()
         self._read()
 
     @classmethod
     def in_cache(cls, initial: InitialPolicy, dtype: torch.dtype) -> "CachedReference":
-        """In the cache folder of this very reference, with matrix products in ``dtype``."""
+        """Opens the cache folder that belongs to ``initial`` with matrix products in ``dtype``."""
         return cls(initial, cache_dir() / "reference" / initial.identity(dtype))
 
     def __len__(self) -> int:
@@ -106,12 +106,13 @@ class CachedReference(Reference):
 
         Args:
             pairs: The pairs.
-            indices: Which pairs; the same on all ranks.
-            shares: This rank's share of the work, as (number, number of shares). The first share is among all ranks. A
-                second share, among the ranks of one node, computes what nodes without a common disk are still missing.
-            barrier: Waits for the other ranks.
+            indices: Indices of the pairs to fill; the same on all ranks.
+            shares: This rank's share of the work in each pass, as (index, number of shares). The first pass divides the
+                work among all ranks. A second pass divides it among the ranks of one node. It computes what a node
+                still misses if the nodes have no common disk.
+            barrier: Function that waits for the other ranks.
             title: Title of the progress bar.
-            progress_bar: Whether to show one.
+            progress_bar: Whether to show a progress bar.
 
         Returns:
             Number of pairs that this rank computed.
@@ -120,7 +121,7 @@ class CachedReference(Reference):
         keys = pairs.keys(indices)
         for number, parts in shares:
             barrier()
-            self._read()  # shards that other ranks have written, so that all ranks see the same
+            self._read()  # reads shards of other ranks, so that all ranks miss the same pairs
             barrier()
             missing = [indices[position] for position in self.missing(keys)]
             batches: list[list[int]] = []
@@ -144,7 +145,7 @@ class CachedReference(Reference):
         return computed
 
     def save(self) -> None:
-        """Writes the new pairs to a shard of their own."""
+        """Writes the log-probs that are not on disk yet to a new shard."""
         self._saved = time.monotonic()
         if not self._new:
             return
@@ -175,7 +176,7 @@ class CachedReference(Reference):
         return next(self.initial.policy.parameters()).device
 
     def _compute(self, batch: PairBatch) -> Tensor:
-        """Computes the log-probs of the batch's response tokens, (R,), and keeps them by pair."""
+        """Computes the log-probs of the batch's response tokens, (R,), and keeps them for each pair."""
         logps = self.initial.token_logps(batch)
         lengths = [sum(segment.responses) for segment in batch.segments]
         self._new |= zip(batch.keys, np.split(logps.cpu().numpy().copy(), np.cumsum(lengths)[:-1]), strict=True)
@@ -195,7 +196,7 @@ class CachedReference(Reference):
         return logps
 
     def _read(self) -> None:
-        """Opens the shards that are new in the folder."""
+        """Opens the shards in the folder that are not open yet."""
         keys, places = [self._keys], [self._places]
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self._names:

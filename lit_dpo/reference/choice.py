@@ -1,4 +1,4 @@
-"""The setting ``model.reference`` ──► the reference itself."""
+"""The setting ``model.reference`` ──► a ``Reference``."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -21,7 +21,7 @@ def check_choice(choice: ReferenceChoice, objective: Objective) -> None:
     """Refuses ``none`` for an objective that needs a reference.
 
     Raises:
-        ValueError: Naming objectives that need none.
+        ValueError: If the objective needs a reference. The message names objectives that need none.
     """
     if choice == "none" and objective.uses_reference:
         raise ValueError(
@@ -37,14 +37,14 @@ def open_reference(
     dtype: torch.dtype,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Reference:
-    """Builds the reference that was chosen.
+    """Builds the chosen reference.
 
     Args:
-        choice: The setting.
+        choice: The setting ``model.reference``.
         policy: The policy in training.
         objective: The objective; ``auto`` builds no reference if it uses none.
         dtype: Type of the matrix products.
-        tokenizer: Gives the policy's tokenizer, to compare vocabularies.
+        tokenizer: Function that returns the policy's tokenizer, to compare vocabularies.
     """
     if choice == "none" or (choice == "auto" and not objective.uses_reference):
         return NoReference()

@@ -13,7 +13,7 @@ from lit_dpo.policy.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER, belongs_
 from lit_dpo.policy.policy import Policy
 from lit_dpo.reference.base import Reference
 
-FORMAT_VERSION = 1  # raise it when the same pair and model give other numbers, or are stored in another way
+FORMAT_VERSION = 1  # increase it when the log-probs of the same pair and model, or the format of a shard, change
 
 
 class InitialPolicy(Reference):
@@ -29,7 +29,7 @@ class InitialPolicy(Reference):
         self.policy = policy
 
     def release(self) -> None:
-        """Frees memory once all log-probs are on disk. Nothing to free here: the policy itself is in training."""
+        """Called when all log-probs are on disk, to free memory. Does nothing here: the policy is in training."""
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
@@ -41,7 +41,7 @@ class InitialPolicy(Reference):
             return self.policy.token_logps(batch).logps
 
     def identity(self, dtype: torch.dtype) -> str:
-        """A digest of everything that the log-probs depend on except the token ids, with products in ``dtype``."""
+        """Digest of all that the log-probs depend on, except the token ids, with matrix products in ``dtype``."""
         model = self.policy.model
         settings = {
             "version": FORMAT_VERSION,
@@ -74,5 +74,5 @@ def _processor(device: torch.device) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Values that JSON cannot hold: a set as a sorted list, anything else as its name."""
+    """Converts a value that JSON cannot hold: a set to a sorted list, anything else to a string."""
     return sorted(value) if isinstance(value, set) else str(value)

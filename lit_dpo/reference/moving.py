@@ -12,10 +12,10 @@ from lit_dpo.reference.base import Reference
 class MovingReference(Reference):
     """TR-DPO: a copy of the adapters that follows the trained ones.
 
-    Every τ optimizer steps θ_ref ← α·θ + (1 - α)·θ_ref. A soft update has α < 1 and τ = 1. A hard update has α = 1 and
+    Every τ optimizer steps, θ_ref ← α·θ + (1 - α)·θ_ref. Soft updates have α < 1 and τ = 1. Hard updates have α = 1 and
     a larger τ. θ are the adapters' matrices A and B. Mixing A and B differs from mixing their product BA by
-    α(1 - α)(B - B_ref)(A - A_ref): a second-order term, zero for hard updates. Checkpoints hold the copy. Held-out
-    metrics use the copy as it is at that step, so they cannot be compared along a run.
+    α(1 - α)(B - B_ref)(A - A_ref). This is a second-order term, zero for hard updates. Checkpoints include the copy.
+    Held-out metrics use the current copy, so their values at different steps cannot be compared.
 
     Args:
         alpha: Share of the policy in the mixture, in (0, 1].
@@ -26,7 +26,7 @@ class MovingReference(Reference):
         ValueError: If an argument is outside its range.
 
     References:
-        Gorbatovski et al. 2024, arXiv:2404.09656, Section 3, with its α 0.6 for soft updates; τ is 512 for hard ones.
+        Gorbatovski et al. 2024, arXiv:2404.09656, Section 3. It uses α = 0.6 for soft updates, τ = 512 for hard ones.
     """
 
     policy: Policy

@@ -12,41 +12,41 @@ from lit_dpo.reference.cache import CachedReference
 
 
 def shows_progress(trainer: Trainer | None) -> bool:
-    """Whether ``trainer.enable_progress_bar`` is on: it also governs the bars of tokenization and reference pass."""
+    """Whether ``trainer.enable_progress_bar`` is on. It also controls the bars of tokenization and reference pass."""
     return trainer is None or trainer.progress_bar_callback is not None
 
 
 class ReferencePass(Callback):
     """Fills the reference cache before training and before each evaluation. ``DPOModule`` adds this callback itself.
 
-    Only the loaders of ``PreferenceDataModule`` tell which pairs will come. Pairs of other loaders are computed when
-    they come.
+    Only the loaders of ``PreferenceDataModule`` tell in advance which pairs will be used. The log-probs of other pairs
+    are computed when their batch is used.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the training pairs. The sanity check or the first evaluation computes the held-out pairs."""
+        """Fills in the training pairs. The sanity check or the first evaluation fills in the held-out pairs."""
         self._fill(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the held-out pairs."""
+        """Fills in the held-out pairs."""
         self._fill(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the test pairs."""
+        """Fills in the test pairs."""
         self._fill(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the pairs to predict."""
+        """Fills in the pairs to predict."""
         self._fill(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes to disk what was computed for other loaders."""
-        reference = vars(pl_module).get("reference")  # absent if it was never used
+        """Writes the log-probs that are not on disk yet."""
+        reference = vars(pl_module).get("reference")  # absent if the reference was never used
         if isinstance(reference, CachedReference):
             reference.save()
 
     def _fill(self, trainer: Trainer, module: Any) -> None:
-        """Computes the missing pairs, shared among all ranks."""
+        """Computes the log-probs of the missing pairs. All ranks share the work."""
         if not isinstance(module.reference, CachedReference):
             return
         shares = [(trainer.global_rank, trainer.world_size)]
@@ -68,7 +68,7 @@ class ReferencePass(Callback):
 
 
 def _pairs_ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
-    """The data sets of the coming stage, and the indices of the pairs that all ranks will use from them."""
+    """The data sets of the coming stage, each with the indices of the pairs that the ranks together will use."""
     if trainer.training:
         loaders, batches = [trainer.train_dataloader], [trainer.num_training_batches]
     elif trainer.testing:
@@ -91,8 +91,8 @@ def _pairs_ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
 
 
 def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[int]:
-    """The pairs of all remaining training batches, of every epoch."""
-    if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # no end is set
+    """Indices of the pairs in all remaining training batches, over all epochs."""
+    if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # training has no end
         return range(sampler.num_pairs)
     size = sampler.batch_size * sampler.num_replicas
     per_epoch = int(trainer.num_training_batches)
@@ -110,7 +110,7 @@ def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[in
 
 
 def _listed(loaders: Any) -> list[Any]:
-    """A data module's loaders as a list: it may return one, a list or a mapping."""
+    """A data module's loaders as a list. A data module may return one loader, a list or a mapping."""
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]

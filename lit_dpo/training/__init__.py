@@ -1,1 +1,1 @@
-"""Around an optimizer step: metrics, finite steps, checkpoints and exact resume, the run's folder."""
+"""Everything around an optimizer step: metrics, checks for finite losses, checkpoints, exact resume, run folder."""

@@ -1,13 +1,13 @@
-"""Gradient accumulation: a loss that is the mean over all pairs of a window, also of a short last one."""
+"""Gradient accumulation: the loss is the mean over all pairs of a window, even if the last window is short."""
 
 from lightning.pytorch import Trainer
 
 
 def window_weight(trainer: Trainer, batch_idx: int) -> float:
-    """The factor of a batch's loss that corrects Lightning's division in a short last window.
+    """The factor on a batch's loss that corrects Lightning's division in a short last window.
 
-    Lightning divides each loss by ``accumulate_grad_batches`` A, also in a last window of n < A batches. The factor is
-    A / n there, and 1 elsewhere.
+    Lightning divides each loss by A = ``accumulate_grad_batches``, even in a last window of n < A batches. The factor
+    is A / n in that window, and 1 in all others.
     """
     accumulate, num_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     if num_batches == float("inf"):

@@ -1,7 +1,7 @@
-"""What a checkpoint holds of the module, how it is read back, and how a file is replaced safely.
+"""Which weights a checkpoint holds, how they are loaded, and how a checkpoint file is replaced safely.
 
-A checkpoint holds what trains: adapters, the copy that follows them, and the objective's running numbers. It never
-holds the base: the hub has it, and a 4-bit state dict could not be loaded back.
+A checkpoint holds the trained adapters, the moving copy and the objective's running statistics. It never holds the base
+weights: the hub has them, and a 4-bit state dict could not be loaded back.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lit_dpo.policy.adapters import MOVING_ADAPTER, belongs_to
 
 
 def kept_names(module: Any) -> set[str]:
-    """Names in a checkpoint's state dict: trained adapters, the moving copy, the objective's running numbers."""
+    """Names in a checkpoint's state dict: trained adapters, the moving copy, the objective's running statistics."""
     kept = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in module.named_parameters() if belongs_to(name, MOVING_ADAPTER)}
     return kept | {f"objective.{name}" for name in module.objective.state_dict()}
@@ -31,18 +31,18 @@ def keep_trained(module: Any, checkpoint: dict[str, Any]) -> None:
 def move_weights(module: Any, checkpoint: dict[str, Any]) -> None:
     """Moves a checkpoint's weights to the policy's device.
 
-    After ``load_from_checkpoint`` Lightning moves the module to the device of these weights. A quantized base must stay
-    where it is.
+    ``load_from_checkpoint`` then moves the module to the device of these weights, but a quantized base must not be
+    moved.
     """
     device = module.model.device
     checkpoint["state_dict"] = {name: value.to(device) for name, value in checkpoint["state_dict"].items()}
 
 
 def fitting_weights(module: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a checkpoint that belong into this module.
+    """The weights of a checkpoint that fit this module.
 
     Raises:
-        ValueError: If the adapters are not those of this module. Lightning's ``strict=False`` would not notice.
+        ValueError: If the adapters do not fit. Lightning's ``strict=False`` would not notice.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     found, expected = set(state_dict), kept_names(module)
@@ -64,10 +64,10 @@ def fitting_weights(module: Any, state_dict: Mapping[str, Any]) -> dict[str, Any
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Saves a checkpoint with optimizer and loop states over an older one, which stays whole until the new one is.
+    """Saves a full checkpoint, with optimizer and loop states. An older file stays until the new one is complete.
 
-    Lightning writes to the folder for temporary files and moves the file. Across file systems that is a copy over the
-    old checkpoint, and an interrupted copy destroys it. Collective: every rank must call it.
+    Lightning writes to the folder for temporary files and moves the file. Across file systems, this copies over the old
+    checkpoint, and an interrupted copy destroys it. Collective: every rank must call it.
     """
     if not trainer.is_global_zero:
         trainer.save_checkpoint(path, weights_only=False)  # takes part in the collectives and writes nothing

@@ -1,4 +1,4 @@
-"""No step on a loss or gradient that is not finite, and the file that reproduces such a step."""
+"""Prevents optimizer steps whose loss or gradient is not finite, and writes a file that reproduces such a step."""
 
 import math
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ from lit_dpo.training.ranks import gather_objects
 from lit_dpo.training.run_dir import run_dir
 from lit_dpo.training.step import BatchRecord, name_pairs
 
-PAIRS = "nonfinite_step"  # the checkpoint's key for the pairs of each batch of the step
-MOST_IN_A_ROW = 10  # steps skipped one after another before the run stops
+PAIRS = "nonfinite_step"  # key in the checkpoint: the pairs of each batch of the step
+MOST_IN_A_ROW = 10  # the run stops at this many steps in a row that are not finite
 OnNonfinite: TypeAlias = Literal["stop", "skip"]
 
 
@@ -26,13 +26,13 @@ class NonFiniteLossError(ValueError):
 
 
 class FiniteSteps(Callback):
-    """Keeps the optimizer from training on a loss or gradient that is not finite, and logs ``train/grad_norm``.
+    """Prevents optimizer steps whose loss or gradient is not finite, and logs ``train/grad_norm``.
 
-    ``DPOModule`` adds this callback itself. Under a GradScaler a gradient may overflow: the scaler then skips the step
-    and halves its scale. Below a scale of 1 the scale cannot be the cause, and the step counts as not finite.
+    ``DPOModule`` adds this callback itself. Under a GradScaler, a large scale can make a gradient overflow. The scaler
+    then skips the step and halves its scale. Below 1 the scale cannot be the cause, and the step counts as not finite.
 
     Args:
-        on_nonfinite: ``stop`` the run, or ``skip`` the optimizer step, but at most ten in a row.
+        on_nonfinite: ``stop`` the run, or ``skip`` the optimizer step. The tenth such step in a row stops the run.
     """
 
     def __init__(self, on_nonfinite: OnNonfinite) -> None:
@@ -41,11 +41,11 @@ class FiniteSteps(Callback):
         self._pairs: list[Any] | None = None  # for the checkpoint that reproduces the step
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Starts counting."""
+        """Resets the counters."""
         self._in_a_row = self._skipped = 0
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Repeats at the end that steps were skipped."""
+        """Warns once more if steps were skipped."""
         if self._skipped:
             rank_zero_warn(f"{self._skipped} steps were skipped because their loss or gradient was not finite.")
 
@@ -53,7 +53,7 @@ class FiniteSteps(Callback):
         """Checks all losses of the step, and its gradient before clipping.
 
         Raises:
-            NonFiniteLossError: If one is not finite and the run is to stop.
+            NonFiniteLossError: If one is not finite and the run must stop.
         """
         step = pl_module.step
         norm = _gradient_norm(pl_module.parameters())
@@ -70,7 +70,7 @@ class FiniteSteps(Callback):
         path = run_dir(trainer) / f"nonfinite-step{trainer.global_step + 1}.ckpt"
         self._pairs = [batch for rank in gather_objects(trainer, _plain_pairs(step.batches)) for batch in rank]
         if not getattr(trainer, "fast_dev_run", False):  # a dry run leaves no files
-            trainer.save_checkpoint(path, weights_only=False)  # with optimizer and position in the data, to resume from
+            trainer.save_checkpoint(path, weights_only=False)  # with optimizer and data position, for resuming
         self._pairs = None
         pairs = [pair for rank in gather_objects(trainer, step.pairs()) for pair in rank]
         failed = [pair for pair in pairs if not math.isfinite(pair.loss)]
@@ -84,10 +84,10 @@ class FiniteSteps(Callback):
             )
         rank_zero_warn(f"{message} The step is skipped.")
         self._skipped += 1
-        optimizer.zero_grad()  # an optimizer does not change parameters without a gradient
+        optimizer.zero_grad()  # an optimizer leaves parameters without a gradient unchanged
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the pairs of the step that was not finite."""
+        """Adds the pairs of a step that was not finite."""
         if self._pairs is not None:
             checkpoint[PAIRS] = self._pairs
 
@@ -98,10 +98,10 @@ def read_nonfinite_step(path: str | Path) -> list[PairBatch]:
     The file is also a checkpoint: ``DPOModule.load_from_checkpoint(path)`` gives the policy before that step.
 
     Args:
-        path: A ``nonfinite-stepN.ckpt``.
+        path: Path of a ``nonfinite-stepN.ckpt`` file.
 
     Raises:
-        ValueError: If it is another checkpoint.
+        ValueError: If the file is a checkpoint of another kind.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if PAIRS not in checkpoint:

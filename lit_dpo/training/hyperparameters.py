@@ -1,4 +1,4 @@
-"""A module's arguments as plain values, which a checkpoint can hold under ``weights_only=True``, and back."""
+"""A module's arguments in a checkpoint: stored as plain values, and loaded without ``trust_remote_code``."""
 
 import inspect
 from dataclasses import asdict, is_dataclass
@@ -19,7 +19,7 @@ TRUST = "trust_remote_code"
 def without_trust(arguments: Any) -> Any:
     """Arguments without any ``trust_remote_code``, at every depth.
 
-    A checkpoint comes from somewhere. Only the caller and the command line may allow code of a repository to run.
+    A checkpoint may come from anyone. Only the caller and the command line may allow a repository's code to run.
     """
     if isinstance(arguments, dict):
         return {name: without_trust(value) for name, value in arguments.items() if name != TRUST}
@@ -27,18 +27,18 @@ def without_trust(arguments: Any) -> Any:
 
 
 def asks_for_trust(arguments: Any) -> bool:
-    """Whether arguments hold a true ``trust_remote_code``, at any depth."""
+    """Whether the arguments set ``trust_remote_code`` to true, at any depth."""
     if isinstance(arguments, dict):
         return bool(arguments.get(TRUST)) or any(asks_for_trust(value) for value in arguments.values())
     return isinstance(arguments, list | tuple) and any(asks_for_trust(item) for item in arguments)
 
 
 def untrusted(checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> dict[str, Any]:
-    """The arguments to load a checkpoint with instead of its own: those that would let code run, without the trust.
+    """Replacements for those arguments of a checkpoint that would let a repository's code run.
 
     Args:
         checkpoint_path: Path or address of the checkpoint, or an open file, whose position is kept.
-        weights_only: As for ``load_from_checkpoint``; only False loads arbitrary objects.
+        weights_only: As in ``load_from_checkpoint``; only False loads arbitrary objects.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only is not False}
     if isinstance(checkpoint_path, str | Path):
@@ -56,15 +56,15 @@ def untrusted(checkpoint_path: Any, weights_only: bool | None = None, **_: Any) 
 def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
     """The constructor's arguments as plain values, which a checkpoint can hold under ``weights_only=True``.
 
-    The optimizer is missing: it is a function, and its settings are known once it is built. ``trust_remote_code`` is
-    left out on purpose (see ``without_trust``).
+    The optimizer is missing: the argument is a function, and the settings are known only after it is called.
+    ``trust_remote_code`` is left out on purpose (see ``without_trust``).
 
     Args:
         module: A ``DPOModule``.
-        quantization: Its quantization as it was given; ``nf4`` stays ``nf4``.
+        quantization: The argument ``quantization`` as it was given; ``nf4`` stays ``nf4``.
 
     Raises:
-        ValueError: If the objective, or another object, does not keep an argument under its own name.
+        ValueError: If an object, such as the objective, does not keep an argument as an attribute of the same name.
     """
     names = ["base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout"]
     names += ["on_nonfinite"]
@@ -93,9 +93,10 @@ def plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _plain_object(value: Any) -> Any:
-    """An object as its class and its arguments, at every depth.
+    """An object as its class path and its arguments, at every depth.
 
-    An argument whose value is what null would give is stored as null, as in a configuration file that leaves it out.
+    Some constructors replace an argument that is null. If the attribute has the value that null gives, null is stored,
+    as in a configuration file that leaves the argument out.
     """
     if isinstance(value, BitsAndBytesConfig):
         return _plain_fields(value, BitsAndBytesConfig())
@@ -124,7 +125,7 @@ def _path(cls: type) -> str:
 
 
 def _plain_fields(config: Any, default: Any, always: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The constructor's arguments that differ from their defaults, and those named, as plain values."""
+    """The constructor's arguments that differ from those of ``default``, and those in ``always``, as plain values."""
     plain = {}
     for name in inspect.signature(type(config).__init__).parameters:
         value = getattr(config, name, None)

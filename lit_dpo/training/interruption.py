@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: what ends a run early, and how a callback tells it from an error."""
+"""Ctrl-C and SIGTERM end a run early. Callbacks can tell them from errors."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended the run after its optimizer step. The process exits with 143, the status of that signal."""
+    """SIGTERM ended the run after its optimizer step. The process exits with status 143, as is usual for SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(128 + 15)

@@ -1,4 +1,4 @@
-"""What cannot work together, refused before anything is computed: objective and data, strategy, averaged weights."""
+"""Checks before anything is computed: objective and data, the Trainer's strategy, callbacks that average weights."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ def check_data(objective: Objective, data: Any, stage: str) -> None:
 
     Args:
         objective: The objective.
-        data: The data module, or None. Other data modules than ``PreferenceDataModule`` are not checked.
-        stage: Lightning's stage.
+        data: The data module, or None. Only a ``PreferenceDataModule`` is checked.
+        stage: Lightning's stage, such as ``fit`` or ``predict``.
 
     Raises:
-        ValueError: If the data has less, or more than the objective would use.
+        ValueError: If the data lacks what the objective needs, or has responses that the objective would ignore.
     """
     name, most = type(objective).__name__, getattr(data, "max_responses", None)
     if most is not None and most > 2 and not objective.ranks_lists:
@@ -57,10 +57,10 @@ def placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.dtype, to
 
 
 def check_trainer(trainer: Trainer, quantized: bool) -> None:
-    """Checks whether the strategy reduces gradients as tested, and whether a callback would average packed weights.
+    """Checks that the strategy has been tested, and that no callback averages packed weights.
 
     Raises:
-        ValueError: Naming the strategy or the callback, and the remedy.
+        ValueError: If a check fails. The message names the strategy or the callback, and the remedy.
     """
     kind = _lightning_class(trainer.strategy)
     if kind not in TESTED_STRATEGIES:
@@ -78,5 +78,5 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
 
 
 def _lightning_class(strategy: Any) -> type:
-    """The class of Lightning's that a strategy is, or that a strategy of one's own is derived from."""
+    """The first Lightning class among a strategy's own class and its base classes."""
     return next(kind for kind in type(strategy).__mro__ if kind.__module__.startswith("lightning."))

@@ -1,4 +1,4 @@
-"""Exact resume: a run goes on from a checkpoint with its random generators, but with its own optimizer settings."""
+"""Exact resume: a run restores the random states of a checkpoint, but keeps its own optimizer settings."""
 
 import random
 from typing import Any
@@ -14,10 +14,10 @@ Group = dict[str, Any]
 
 
 class ExactResume(Callback):
-    """Saves what Lightning does not save, and protects what a checkpoint must not replace.
+    """Saves and restores random states, and keeps the run's own optimizer settings when a checkpoint is loaded.
 
-    ``DPOModule`` adds this callback itself. Lightning saves no random generators. It restores optimizers by
-    ``load_state_dict``, which also replaces the settings of each parameter group by the checkpoint's.
+    ``DPOModule`` adds this callback itself. Lightning saves no random states. It restores optimizers with
+    ``load_state_dict``, which also replaces the settings of each parameter group with those of the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -27,23 +27,23 @@ class ExactResume(Callback):
         self._stored_optimizer: str | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the random states of all ranks, and the optimizer's class and settings."""
+        """Adds the random states of all ranks, and the class and settings of the optimizer."""
         checkpoint["random_states"] = gather_objects(trainer, random_state())
         if trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(trainer.optimizers[0])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps the random states and the optimizer's class until training starts."""
+        """Keeps the checkpoint's random states and optimizer class until training starts."""
         self._random_states = checkpoint.get("random_states")
         self._stored_optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", {}).get("class_path")
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes the settings of each parameter group, before Lightning restores the optimizers."""
+        """Keeps the settings of each parameter group, before Lightning restores the optimizers."""
         self._own_groups = [
             [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             for optimizer in trainer.optimizers
         ]
-        # Some optimizers (Adagrad in torch 2.11) make state when they are built and need it at the first step.
+        # Some optimizers (Adagrad in torch 2.11) create their state when they are built and need it at the first step.
         self._fresh_states = [dict(optimizer.state) for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -64,13 +64,13 @@ class ExactResume(Callback):
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, groups: list[Group], scheduler: Any = None) -> None:
-    """Gives each parameter group its own settings back, in place of those that a checkpoint brought.
+    """Restores this run's settings of each parameter group, which a checkpoint has replaced.
 
     Args:
         optimizer: The optimizer, after ``load_state_dict``.
-        groups: The settings of each parameter group as this run built them.
-        scheduler: Its learning-rate scheduler, or None. The scheduler keeps its position: its current rate is scaled by
-            the ratio of this run's initial rate to the stored one.
+        groups: This run's settings of each parameter group.
+        scheduler: The learning-rate scheduler, or None. It keeps its position, and its current rate is multiplied by
+            the ratio of this run's initial rate to the checkpoint's.
     """
     base_rates = getattr(scheduler, "base_lrs", None)
     for index, (group, own) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
@@ -85,7 +85,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, groups: list[Group], schedu
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process's random generators: torch's, its current CUDA device's, and Python's."""
+    """State of this process's random generators: torch, its current CUDA device, and Python."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 def run_dir(trainer: Trainer) -> Path:
-    """The first logger's folder, where Lightning puts its checkpoints too; ``default_root_dir`` without a logger.
+    """The folder of the first logger, which Lightning also uses for checkpoints; else ``default_root_dir``.
 
     Collective: every rank must call it.
     """

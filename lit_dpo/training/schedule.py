@@ -10,13 +10,13 @@ LRSchedule: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", 
 
 
 def warmed_up(optimizer: torch.optim.Optimizer, schedule: LRSchedule, warmup: float, trainer: Trainer) -> Any:
-    """A scheduler of all optimizer steps of the run, to be advanced at each.
+    """A learning-rate scheduler for the whole run. It must be advanced at each optimizer step.
 
     Args:
         optimizer: The optimizer.
-        schedule: Shape after warm-up.
-        warmup: Share of the steps during which the rate rises from 0.
-        trainer: Tells the number of steps.
+        schedule: Schedule after warm-up, by its name in transformers.
+        warmup: Share of the steps in which the rate rises from 0.
+        trainer: The Trainer, which knows the number of steps.
 
     Raises:
         ValueError: If the run has no end.

@@ -1,4 +1,4 @@
-"""The optimizer step in progress: its batches, their losses and log-probs, and the numbers of each pair."""
+"""The optimizer step in progress: its batches with losses and log-probs, and a few numbers for each pair."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from lit_dpo.training.metrics import token_kl
 
 
 class PairNumbers(NamedTuple):
-    """The numbers of one pair in a step."""
+    """Where one pair comes from, and its loss, displacement and KL in a step."""
 
     source: str
     row: int
     loss: float
-    displacement: float  # of the chosen response, nats per token; NaN without a reference
-    kl: float  # mean over the response tokens, nats; NaN without a reference
-    num_tokens: int  # of the responses
+    displacement: float  # chosen log-prob minus the reference's, nats per token; NaN without a reference
+    kl: float  # KL divergence from the reference, mean over response tokens, nats; NaN without a reference
+    num_tokens: int  # response tokens
 
 
 class BatchRecord(NamedTuple):
@@ -32,7 +32,7 @@ class BatchRecord(NamedTuple):
     reference: PairLogps | None
 
     def pairs(self) -> list[PairNumbers]:
-        """The numbers of each pair."""
+        """The ``PairNumbers`` of each pair in the batch."""
         num_tokens = [sum(segment.responses) for segment in self.batch.segments]
         displacement = kl = torch.full_like(self.losses, torch.nan)
         responses = self.policy.responses
@@ -47,10 +47,10 @@ class OptimizerStep:
     """The optimizer step in progress.
 
     Attributes:
-        batches: Its batches so far.
+        batches: The batches of the step so far.
         taken: Whether the optimizer changed the weights at the last step.
         finite: Whether loss and gradient of the last step were finite. A GradScaler also skips steps whose gradient
-            overflows: such a step is not taken, but it is no failure.
+            overflows. Such a step is not taken, but it counts as finite.
     """
 
     def __init__(self) -> None:
@@ -63,16 +63,16 @@ class OptimizerStep:
         self._steps_before = trainer.global_step
 
     def is_complete(self, trainer: Trainer) -> bool:
-        """Whether the batch ended an optimizer step. Otherwise its gradients are accumulated."""
+        """Whether the current batch ended an optimizer step. Otherwise its gradients are accumulated."""
         return trainer.global_step > self._steps_before
 
     def pairs(self) -> list[PairNumbers]:
-        """The numbers of each pair of the step."""
+        """The ``PairNumbers`` of each pair in the step."""
         return [pair for record in self.batches for pair in record.pairs()]
 
 
 def name_pairs(pairs: Sequence[PairNumbers], most: int = 5) -> str:
-    """Source and row of at most ``most`` pairs, for messages."""
+    """Source and row of the first ``most`` pairs, for messages."""
     rows: dict[str, list[str]] = {}
     for pair in pairs[:most]:
         rows.setdefault(pair.source, []).append(str(pair.row))

@@ -23,7 +23,7 @@ class Throughput:
             self._start = time.perf_counter()
 
     def end_step(self, trainer: Trainer, step: OptimizerStep) -> dict[str, float]:
-        """The metrics of a complete step, over all ranks: pairs and tokens per second, and this process's peak memory.
+        """The metrics of a complete step: pairs and tokens per second over all ranks, and this process's peak memory.
 
         Collective: every rank must call it.
         """
@@ -38,7 +38,7 @@ class Throughput:
 
 
 def peak_memory(trainer: Trainer) -> int:
-    """Most bytes that this process has allocated on its GPU, or, without one, held in memory."""
+    """Largest number of bytes that this process has allocated on its GPU or, without a GPU, held in memory."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
