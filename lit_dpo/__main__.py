@@ -13,7 +13,7 @@ def main() -> None:
         parser = argparse.ArgumentParser(
             "lit_dpo",
             description="Direct Preference Optimization with QLoRA on PyTorch Lightning.",
-            epilog="Each command tells of its arguments: lit_dpo COMMAND --help",
+            epilog="For the arguments of a command: lit_dpo COMMAND --help",
         )
         commands = parser.add_subparsers(metavar="COMMAND", required=True)
         for name, description in DESCRIPTIONS.items():

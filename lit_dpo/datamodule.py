@@ -15,6 +15,7 @@ from lit_dpo.data.preparation import PairDataset, prepare_pairs
 from lit_dpo.data.sampler import EvalSampler, PairSampler
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Overlong, Truncation
+from lit_dpo.files.console import library_bars
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -170,7 +171,7 @@ class PreferenceDataModule(LightningDataModule):
         tokenizer = self._tokenizer()
         report: list[str] = []
         if trains or self.val_size is not None:
-            rows, place = load_rows(self.source, self.split, TRAIN_SPLITS)
+            rows, place = self._rows(self.source, self.split, TRAIN_SPLITS)
             self.train_pairs, report = self._prepare(rows, place, tokenizer)
         if self.val_size is not None:
             assert self.train_pairs is not None
@@ -179,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
         # A separate val_source may be a single file, with only the split "train": then all of it is held out.
         names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
         try:
-            rows, place = load_rows(self.val_source or self.source, self.val_split, names)
+            rows, place = self._rows(self.val_source or self.source, self.val_split, names)
         except SplitNotFoundError as error:
             if self._skips_evaluation():
                 return [*report, f"No held-out pairs: {error} None are needed, as trainer.limit_val_batches is 0."]
@@ -196,8 +197,15 @@ class PreferenceDataModule(LightningDataModule):
         return trainer is not None and trainer.state.fn == "fit" and trainer.limit_val_batches == 0
 
     def _prepare(self, rows: Rows, place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, list[str]]:
-        shown = self.trainer is None or self.trainer.progress_bar_callback is not None
-        return prepare_pairs(rows, place, tokenizer, self.truncation, self.num_proc, self.max_responses, shown)
+        options = (tokenizer, self.truncation, self.num_proc, self.max_responses)
+        return prepare_pairs(rows, place, *options, progress_bar=self._shows_progress())
+
+    def _rows(self, source: str | Rows, split: str | None, defaults: tuple[str, ...]) -> tuple[Rows, str]:
+        with library_bars(self._shows_progress(), "datasets"):
+            return load_rows(source, split, defaults)
+
+    def _shows_progress(self) -> bool:
+        return self.trainer is None or self.trainer.progress_bar_callback is not None
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):

@@ -73,6 +73,7 @@ class DPOModule(LightningModule):
         Rafailov et al. 2023, arXiv:2305.18290 (DPO); Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
     """
 
+    repository: dict[str, Any]
     policy: Policy  # set by configure_model
 
     def __init__(
@@ -99,11 +100,7 @@ class DPOModule(LightningModule):
         if not 0 <= warmup < 1:
             raise ValueError(f"model.warmup is a share of the steps, in [0, 1), not {warmup}.")
         self.base = base
-        self.repository: dict[str, Any] = {
-            "gguf_file": gguf_file,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }
+        self.repository = {"gguf_file": gguf_file, "revision": revision, "trust_remote_code": trust_remote_code}
         self.objective = Sigmoid() if objective is None else objective
         self.quantization, self.lora, self.adapter = quantization, choose_lora(lora, adapter), adapter
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup

@@ -223,7 +223,7 @@ def test_an_objective_of_ones_own_survives_a_checkpoint(tiny_base: str, pairs_fi
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     loaded = DPOModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert repr(loaded.objective) == repr(Scaled(3.0))
-    with pytest.raises(ValueError, match="must keep its argument 'factor'"):
+    with pytest.raises(ValueError, match="must store its argument 'factor'"):
         module(tiny_base, objective=Forgetful(3.0))
 
 

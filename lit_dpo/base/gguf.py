@@ -28,7 +28,7 @@ def convert(gguf: Path) -> Path:
     verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity_error()
-        with library_bars(shown=False):
+        with library_bars(False, "transformers"):
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are dequantized now. The GGUF mark in the config would forbid another quantization.

@@ -42,7 +42,9 @@ def resolve_base(base: str, gguf_file: str | None = None, revision: str | None =
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise ValueError(f"model.base={base} holds several GGUF files ({names}): name one of them.")
+            raise ValueError(
+                f"model.base={base} holds several GGUF files ({names}). Set model.gguf_file to one of them."
+            )
         if not files:
             raise FileNotFoundError(f"model.base={base} is a folder without config.json and without a GGUF file.")
         path = files[0]

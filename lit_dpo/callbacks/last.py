@@ -92,10 +92,10 @@ class LastCheckpoint(Checkpoint):
             if self._consistent:
                 self._save(trainer)
             elif not path.exists():
-                rank_zero_info("Stopped in the middle of an optimizer step, before there was a checkpoint.")
+                rank_zero_info("Stopped during an optimizer step. No checkpoint has been saved yet.")
                 return
             state = f"after {trainer.global_step} optimizer steps" if self._consistent else "in the middle of a step"
-            rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nGo on with: --ckpt_path {path}")
+            rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nResume with: --ckpt_path {path}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._training or (self._received and number == signal.SIGINT):

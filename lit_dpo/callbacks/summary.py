@@ -10,7 +10,7 @@ from lit_dpo.training.run_dir import run_dir
 ROWS = ("val/loss", "val/rewards/accuracies", "val/rewards/margins", "val/logps/chosen", "val/logps/rejected")
 FILES = {
     "adapter": "the aligned adapter, for peft.AutoPeftModelForCausalLM",
-    "checkpoints": "last.ckpt to go on from, and the best by val/loss",
+    "checkpoints": "last.ckpt to resume from, and the best by val/loss",
     "config.yaml": "the whole configuration",
     "metrics.csv": "every logged number",
     "samples.md": "base against aligned answers",

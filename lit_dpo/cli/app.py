@@ -51,7 +51,7 @@ class SaveFitConfig(SaveConfigCallback):
         path = run_dir(trainer) / self.config_filename
         if trainer.is_global_zero:
             if path.exists():
-                raise ValueError(f"{path} is another run's: choose another folder or version for the logger.")
+                raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_none=False)
         self.already_saved = True

@@ -86,6 +86,9 @@ def message_of_class(message: str) -> str:
     items = re.split(r"^ *- ", said[1], flags=re.MULTILINE) if said else []
     theirs = ("Expected", "Does not validate", "Import path", "Problem with", "Not of type")
     words = [" ".join(item.split()) for item in items if item.strip() and not item.startswith(theirs)]
+    problem = re.search(r"Problem with given class_path '([^']+)':\n\s*([^\n]+)", message)
+    if not words and problem:
+        return f"{problem[1]}: {problem[2]}"
     return words[-1] if words else ""
 
 

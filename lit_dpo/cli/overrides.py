@@ -50,7 +50,7 @@ def stored_arguments(path: str) -> dict[str, Any]:
     """
     if path in ("last", "best"):
         raise ValueError(
-            f"--ckpt_path {path}: each run has a folder of its own. Give the file, as in "
+            f"--ckpt_path {path}: each run has a folder of its own. Give the path of the file, such as "
             "runs/NAME/version_0/checkpoints/last.ckpt."
         )
     if not Path(path).is_file():

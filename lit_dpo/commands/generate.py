@@ -131,9 +131,7 @@ def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule)
         arguments = {key: value for key, value in data.items() if not key.startswith("_")}
         datamodule = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
     else:
-        raise ValueError(
-            "--held_out needs to know the data: give --source, or a checkpoint that was trained on a named one."
-        )
+        raise ValueError("--held_out needs data: give --source, or a checkpoint whose run set data.source.")
     datamodule.setup("predict")
     assert datamodule.val_pairs is not None
     return datamodule.val_pairs

@@ -176,7 +176,7 @@ def prepare_pairs(
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
-    with library_bars(progress_bar):
+    with library_bars(progress_bar, "datasets"):
         columns = rows.map(
             _prepare_row,
             with_indices=True,

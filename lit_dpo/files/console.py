@@ -1,7 +1,7 @@
 """Printing that never fails on a character, and switching off the progress bars of libraries."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -29,28 +29,36 @@ def make_streams_safe() -> None:
 
 
 @contextmanager
-def library_bars(shown: bool) -> Iterator[None]:
-    """Within this context the progress bars of datasets and transformers are hidden, unless ``shown`` is true."""
-    bars: list[Any] = []
-    if not shown and "datasets" in sys.modules:
-        import datasets
+def library_bars(shown: bool, *libraries: str) -> Iterator[None]:
+    """Within this context the progress bars of some libraries are hidden, unless ``shown``.
 
-        bars.append(
-            (datasets.are_progress_bars_disabled, datasets.disable_progress_bars, datasets.enable_progress_bars)
-        )
-    if not shown and "transformers" in sys.modules:
-        from transformers.utils import logging
-
-        bars.append(
-            (lambda: not logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
-        )
+    Args:
+        shown: Whether to leave them as they are.
+        libraries: ``datasets``, ``transformers`` or both; they are imported.
+    """
+    hidden = [] if shown else [_bars_of(library) for library in libraries]
     restored = []
-    for is_disabled, disable, enable in bars:
-        if not is_disabled():
-            disable()
-            restored.append(enable)
+    for are_shown, hide, show in hidden:
+        if are_shown():
+            hide()
+            restored.append(show)
     try:
         yield
     finally:
-        for enable in restored:
-            enable()
+        for show in restored:
+            show()
+
+
+def _bars_of(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
+    """Functions that tell whether a library shows progress bars, that hide them, and that show them."""
+    if library == "datasets":
+        import datasets
+
+        return (
+            lambda: not datasets.are_progress_bars_disabled(),
+            datasets.disable_progress_bars,
+            datasets.enable_progress_bars,
+        )
+    from transformers.utils import logging
+
+    return logging.is_progress_bar_enabled, logging.disable_progress_bar, logging.enable_progress_bar

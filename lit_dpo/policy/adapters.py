@@ -35,7 +35,7 @@ def choose_lora(lora: LoraConfig | None, adapter: str | None) -> LoraConfig:
     """
     default = LoraConfig(**LORA)
     if adapter is not None and lora is not None and lora.to_dict() != default.to_dict():
-        raise ValueError("model.adapter goes on from an adapter that has its own shape: leave model.lora out.")
+        raise ValueError("model.adapter has its own LoRA configuration: leave model.lora out.")
     return default if lora is None else lora
 
 

@@ -313,7 +313,9 @@ def _forward(
     if getattr(config, "attention_chunk_size", None) or (
         getattr(config, "sliding_window", None) and "sliding_window" not in kwargs
     ):
-        raise UnsupportedAttentionError(f"{type(module).__name__} keeps its window in the mask")
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} passes its sliding window only through the attention mask"
+        )
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling

@@ -49,7 +49,7 @@ def load_policy(
     name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        with library_bars(progress_bar):
+        with library_bars(progress_bar, "transformers"):
             model = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,

@@ -153,7 +153,7 @@ class Policy(nn.Module):
         if "position_ids" not in parameters:
             return f"{type(causal_lm).__name__} takes no position_ids"
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return f"{type(causal_lm).__name__} passes no further arguments to its attention layers"
+            return f"{type(causal_lm).__name__} passes no extra keyword arguments to its attention layers"
         if causal_lm.get_output_embeddings() is None:
             return f"{type(causal_lm).__name__} has no language-model head"
         own_attention = causal_lm.config._attn_implementation

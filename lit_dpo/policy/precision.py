@@ -53,8 +53,8 @@ def quantization_for(choice: Quantization, dtype: torch.dtype) -> BitsAndBytesCo
     quantization = BitsAndBytesConfig(**NF4) if choice == "nf4" else copy.deepcopy(choice)
     if not (quantization.load_in_4bit or quantization.load_in_8bit):
         raise ValueError(
-            "model.quantization has neither load_in_4bit nor load_in_8bit. A configuration replaces nf4 as a whole. "
-            f"To change one field of nf4, also give {NF4}."
+            "model.quantization has neither load_in_4bit nor load_in_8bit. A configuration replaces nf4 completely. "
+            f"To change one field of nf4, give its other fields too: {NF4}."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(

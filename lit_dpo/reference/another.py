@@ -91,7 +91,7 @@ class AnotherModel:
         if own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"model.reference.base={self.base} has another vocabulary than the policy: the same token ids would "
-                "mean other words. Use a reference of the same family."
+                "mean other tokens. Use a reference of the same family."
             )
 
         def load() -> Policy:

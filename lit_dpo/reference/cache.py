@@ -161,7 +161,7 @@ class CachedReference(Reference):
         except OSError as error:
             raise OSError(
                 f"The reference cache {self.folder} cannot be written: {error}. Set LIT_DPO_CACHE to a folder with "
-                "room, or model.reference=live."
+                "enough space, or set model.reference=live."
             ) from error
         self._new = {}
         self._read()

@@ -80,7 +80,7 @@ class FiniteSteps(Callback):
             raise NonFiniteLossError(f"{message} To go on without this step, set model.on_nonfinite=skip.")
         if self._in_a_row == MOST_IN_A_ROW:
             raise NonFiniteLossError(
-                f"{message} The {MOST_IN_A_ROW - 1} steps before it were not finite either: the policy is broken."
+                f"{message} It is the {MOST_IN_A_ROW}th such step in a row: the policy has diverged."
             )
         rank_zero_warn(f"{message} The step is skipped.")
         self._skipped += 1

@@ -109,7 +109,7 @@ def _plain_object(value: Any) -> Any:
     arguments = inspect.signature(type(value)).parameters
     lost = [name for name in arguments if not hasattr(value, name)]
     if lost:
-        raise ValueError(f"{type(value).__name__} must keep its argument {lost[0]!r} as an attribute of that name.")
+        raise ValueError(f"{type(value).__name__} must store its argument {lost[0]!r} as the attribute self.{lost[0]}.")
     plain = {name: _plain_object(getattr(value, name)) for name in arguments}
     optional = [name for name, argument in arguments.items() if argument.default is None and plain[name] is not None]
     if optional:

@@ -29,10 +29,10 @@ def check_data(objective: Objective, data: Any, stage: str) -> None:
     if most is not None and most > 2 and not objective.ranks_lists:
         raise ValueError(
             f"data.max_responses={most}: {name} compares two responses and would ignore the others. Use PlackettLuce, "
-            "or leave it at 2."
+            "or set data.max_responses=2."
         )
     if most == 2 and objective.ranks_lists:
-        rank_zero_warn(f"{name} sees two responses of each row: set data.max_responses if the rows have more.")
+        rank_zero_warn(f"{name} ranks only two responses per row. Set data.max_responses if the rows have more.")
     if objective.uses_scores and stage != "predict":
         for pairs in (getattr(data, "train_pairs", None), getattr(data, "val_pairs", None)):
             if pairs is not None:
@@ -66,14 +66,14 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
     if kind not in TESTED_STRATEGIES:
         raise ValueError(
             f"trainer.strategy {type(trainer.strategy).__name__} is not supported: it has not been tested, and a "
-            "strategy that shards weights could train each rank on its own without a word. Use one device, or "
+            "strategy that shards weights could silently train each rank separately. Use one device, or "
             "trainer.strategy=ddp."
         )
     for callback in getattr(trainer, "callbacks", []):
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise ValueError(
                 f"{type(callback).__name__} averages all weights, and an average of packed 4-bit or 8-bit codes is "
-                "another weight. Set model.quantization=null, or leave the callback out."
+                "meaningless. Set model.quantization=null, or leave the callback out."
             )
 
 

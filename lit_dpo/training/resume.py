@@ -57,7 +57,9 @@ class ExactResume(Callback):
         for optimizer, groups, state in zip(trainer.optimizers, self._own_groups, self._fresh_states, strict=True):
             own = plain_optimizer(optimizer)["class_path"]
             if own != self._stored_optimizer:
-                rank_zero_warn(f"The checkpoint's optimizer was {self._stored_optimizer}: {own} starts afresh.")
+                rank_zero_warn(
+                    f"The checkpoint's optimizer is {self._stored_optimizer}. This run's {own} starts afresh."
+                )
                 optimizer.state.clear()
                 optimizer.state.update(state)
             apply_settings(optimizer, groups, schedulers.get(id(optimizer)))

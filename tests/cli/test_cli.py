@@ -364,7 +364,7 @@ FRONT_DOOR = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:PlackettLuce sees two responses")
+@pytest.mark.filterwarnings("ignore:PlackettLuce ranks only two")
 @pytest.mark.parametrize("objective", FRONT_DOOR, ids=lambda arguments: " ".join(arguments)[:60])
 def test_every_objective_through_the_front_door(tiny: list[str], tiny_base: str, objective: list[str]) -> None:
     objective = [tiny_base if argument == "BASE" else argument for argument in objective]
@@ -510,7 +510,7 @@ def test_adapters_of_another_rank_are_refused_in_words(tiny: list[str], checkpoi
 def test_another_optimizer_starts_afresh(tiny: list[str], checkpoint: str) -> None:
     other = ["--model.optimizer", "torch.optim.Adagrad", "--trainer.max_epochs", "2"]
     with (
-        pytest.warns(UserWarning, match=r"optimizer was torch\.optim\.adamw\.AdamW: .*Adagrad starts afresh"),
+        pytest.warns(UserWarning, match=r"optimizer is torch\.optim\.adamw\.AdamW\. .*Adagrad starts afresh"),
         pytest.warns(UserWarning, match=r"model\.optimizer is Adagrad\(.*, as given; .* stored AdamW"),
     ):
         main(["fit", *tiny, "--ckpt_path", checkpoint, *other])
@@ -623,7 +623,7 @@ def test_what_the_data_cannot_give_is_refused_at_the_start(tiny: list[str], tmp_
     lists = ["--data.source", write_jsonl(tmp_path / "ranked.jsonl", ranked(12)), "--data.max_responses", "3"]
     with pytest.raises(ValueError, match=r"data\.max_responses=3: Sigmoid compares two responses"):
         main(["fit", *tiny, *lists])
-    with pytest.warns(UserWarning, match="PlackettLuce sees two responses of each row"):
+    with pytest.warns(UserWarning, match="PlackettLuce ranks only two responses per row"):
         main(["fit", *tiny, "--model.objective", "PlackettLuce", "--trainer.max_steps", "1"])
     with pytest.raises(ValueError, match=rf"{pairs_file}, row \d+: there are no scores, which ODPO uses"):
         main(["fit", *tiny, "--model.objective", "ODPO"])
@@ -663,7 +663,7 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(
     process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
     assert "Traceback" not in printed
-    assert "Go on with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
+    assert "Resume with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
     assert process.returncode == status
     assert Path("runs/dpo/version_0/adapter/adapter_model.safetensors").exists()
     step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]

@@ -10,9 +10,9 @@ from lit_dpo.files.console import library_bars, make_streams_safe, say
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_what_the_encoding_lacks_is_replaced(encoding: str) -> None:
-    raw = io.BytesIO()
-    say("» base │ aligned … 猫", io.TextIOWrapper(raw, encoding=encoding))
-    printed = raw.getvalue().decode(encoding)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    say("» base │ aligned … 猫", stream)
+    printed = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert "base" in printed
     assert ("│" in printed) == (encoding == "utf-8")
     assert ("|" in printed) == (encoding != "utf-8")
@@ -31,7 +31,7 @@ def test_progress_bars_of_libraries_are_hidden_and_shown_again() -> None:
     from transformers.utils import logging
 
     for shown in (True, False):
-        with library_bars(shown):
+        with library_bars(shown, "datasets", "transformers"):
             assert datasets.are_progress_bars_disabled() != shown
             assert logging.is_progress_bar_enabled() == shown
         assert not datasets.are_progress_bars_disabled()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -50,8 +51,11 @@ def test_strategies_that_were_not_tested_are_refused(kind: type, accepted: bool)
 
 def test_a_run_with_another_strategy_does_not_start(tiny_base: str, pairs_file: str) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(ValueError, match="ModelParallelStrategy is not supported"):
-        fit(module(tiny_base), data(pairs_file), strategy=strategy, devices=1)
+    try:
+        with pytest.raises(ValueError, match="ModelParallelStrategy is not supported"):
+            fit(module(tiny_base), data(pairs_file), strategy=strategy, devices=1)
+    finally:
+        torch.distributed.destroy_process_group()  # which the strategy made
 
 
 @pytest.mark.parametrize("callback", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])

@@ -1,0 +1,138 @@
+"""What a user sees on the terminal: errors of one line, no output that ends a run, quiet when asked."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_dpo.cli.app import main
+from lit_dpo.cli.errors import line_for
+from tests.cli.test_cli import environment, tiny  # noqa: F401
+from tests.tiny import CHATML, made_up_rows, save_tiny_base, tiny_tokenizer, write_jsonl
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:The number of training batches",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    return iter(())
+
+
+def failed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    """The line of an error of the process's own arguments."""
+    monkeypatch.setattr(sys, "argv", ["lit_dpo", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    lines = printed[printed.index("error: ") :].strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--trainer.val_check_interval 1000", "error: trainer.val_check_interval: "),
+        ("--trainer.strategy foo", "error: trainer.strategy: "),
+        ("--trainer.logger WandbLogger", "error: lightning.pytorch.loggers.WandbLogger: Requirement 'wandb"),
+        ("--trainer.accelerator gpu", "error: trainer.accelerator: "),
+    ],
+)
+def test_an_error_about_a_setting_takes_one_line_with_its_key(
+    tiny: list[str],  # noqa: F811
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if "Wandb" in arguments:
+        pytest.importorskip("lightning")
+        if __import__("importlib.util").util.find_spec("wandb"):
+            pytest.skip("wandb is installed")
+    if "gpu" in arguments and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert failed(["fit", *tiny, *arguments.split()], monkeypatch, capfd).startswith(message)
+
+
+def test_the_whole_traceback_is_there_when_asked_for(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("LIT_DPO_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["lit_dpo", "fit", *tiny, "--trainer.strategy", "foo"])
+    with pytest.raises(ValueError, match="invalid strategy name"):
+        main()
+
+
+@pytest.mark.parametrize("mistake", [lambda: {}["x"], lambda: int("x")])
+def test_a_mistake_in_the_code_keeps_its_traceback(mistake: Any) -> None:
+    with pytest.raises((KeyError, ValueError)) as raised:
+        mistake()
+    assert line_for(raised.value) == "", "raised neither here nor by Lightning"
+
+
+def test_a_template_that_raises_is_told_with_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'].endswith(' 3?') %}{{ raise_exception('no threes') }}{% endif %}" + CHATML
+    )
+    tokenizer.save_pretrained(base)
+    source = write_jsonl(tmp_path / "pairs.jsonl", made_up_rows(8))
+    arguments = ["--model.base", base, "--data.source", source, "--data.val_size", "2", "--trainer.accelerator", "cpu"]
+    line = failed(["fit", *arguments], monkeypatch, capfd)
+    assert line == f"error: {source}, row 3: the chat template refuses it: no threes."
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_an_encoding_without_boxes_ends_no_run(tiny: list[str], encoding: str) -> None:  # noqa: F811
+    ran = subprocess.run(
+        [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "1"],
+        env={**environment(), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert b" | aligned" in ran.stdout
+    assert "│" not in ran.stdout.decode(encoding)
+    assert b"UnicodeEncodeError" not in ran.stderr
+    assert Path("runs/dpo/version_0/samples.md").read_text(encoding="utf-8")
+
+
+def test_without_a_progress_bar_nothing_is_shown_but_results(tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "2"]  # which switches it off
+    shared = environment() | {"LIT_DPO_CACHE": str(tmp_path / "a"), "HF_DATASETS_CACHE": str(tmp_path / "b")}
+    quiet = subprocess.run(command, env=shared, capture_output=True, text=True, check=True).stderr
+    for sign in ("it/s", "examples/s", "pair/s", "%|", "step 1/2"):
+        assert sign not in quiet, sign
+    command[command.index("--trainer.enable_progress_bar") + 1] = "true"
+    shared = environment() | {"LIT_DPO_CACHE": str(tmp_path / "c"), "HF_DATASETS_CACHE": str(tmp_path / "d")}
+    shown = subprocess.run(command, env=shared, capture_output=True, text=True, check=True).stderr
+    for sign in ("Tokenizing", "Reference log-probs", "step 2/2", "held out"):
+        assert sign in shown, sign
+
+
+def test_training_without_held_out_pairs_works_when_told_so(tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
+    source = write_jsonl(tmp_path / "train.jsonl", made_up_rows(8))
+    place = tiny.index("--data.val_size")
+    arguments: list[Any] = [*tiny[:place], *tiny[place + 2 :], "--data.source", source]
+    with pytest.raises(ValueError, match=r"No held-out pairs.*trainer\.limit_val_batches=0"):
+        main(["fit", *arguments])
+    main(["fit", *arguments, "--trainer.limit_val_batches", "0"])
+    assert list(Path("runs").rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_help_is_quick() -> None:
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "lit_dpo", "fit", "--help"], env=environment(), capture_output=True, check=True
+    )
+    assert time.perf_counter() - start < 5
