@@ -21,6 +21,9 @@ def main() -> None:
         parser.parse_args()
     # bitsandbytes reports that an inference kernel is missing. That kernel has no gradients, so training never uses it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        # peft imports bitsandbytes if it can, which takes over a second. The help does not need it.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from lit_dpo.cli.app import main
 
     main()
