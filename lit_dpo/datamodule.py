@@ -74,7 +74,7 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if val_size is not None and (val_source is not None or val_split is not None):
-            raise ValueError("data.val_size carves pairs off the training split: it excludes val_source and val_split.")
+            raise ValueError("data.val_size takes pairs from the training split: it excludes val_source and val_split.")
         if val_size is not None and val_size <= 0:
             raise ValueError(f"data.val_size must be positive, not {val_size}.")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -117,11 +117,11 @@ class PreferenceDataModule(LightningDataModule):
             )
         if self._stored_order is not None and self._stored_order != self._order():
             differing = ", ".join(
-                f"{key} was {value} and is {self._order()[key]}"
+                f"{key} was {value} and is now {self._order()[key]}"
                 for key, value in self._stored_order.items()
                 if value != self._order()[key]
             )
-            raise ValueError(f"The checkpoint's place in the training data has no meaning here: {differing}.")
+            raise ValueError(f"The checkpoint's position in the training data does not fit this run: {differing}.")
         sampler = PairSampler(
             self.train_pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self._ranks()
         )
@@ -183,7 +183,7 @@ class PreferenceDataModule(LightningDataModule):
             rows, place = self._rows(self.val_source or self.source, self.val_split, names)
         except SplitNotFoundError as error:
             if self._skips_evaluation():
-                return [*report, f"No held-out pairs: {error} None are needed, as trainer.limit_val_batches is 0."]
+                return [*report, f"No held-out pairs: {error} None are needed, because trainer.limit_val_batches=0."]
             raise ValueError(
                 f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
                 "them, set trainer.limit_val_batches=0."

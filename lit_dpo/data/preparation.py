@@ -61,7 +61,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
             if not scores:
                 raise ValueError(
-                    f"{self.source}, row {row}: there are no scores, which {reader} uses. Give each row "
+                    f"{self.source}, row {row}: the row has no scores, but {reader} needs them. Give each row "
                     "score_chosen and score_rejected, or a list of responses with scores."
                 )
             if scores[0] < scores[-1]:
@@ -203,7 +203,7 @@ def prepare_pairs(
         for reason, found in sorted(left_out.items())
     ]
     if not kept:
-        raise ValueError("\n".join([f"{source}: no pair is left to work with.", *report]))
+        raise ValueError("\n".join([f"{source}: no usable pair is left.", *report]))
     return PairDataset(columns, kept, source), report
 
 

@@ -105,7 +105,9 @@ class EvalSampler(DistributedSampler[list[int]]):
     def __init__(self, dataset: Sized, *, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         if len(dataset) < num_replicas:
-            raise ValueError(f"{len(dataset)} pairs to evaluate are fewer than the {num_replicas} processes.")
+            raise ValueError(
+                f"{len(dataset)} evaluation pairs are too few for {num_replicas} processes: each needs one."
+            )
         self.batch_size = batch_size
         self.indices = range(rank, len(dataset), num_replicas)
 

@@ -77,7 +77,9 @@ def _open(source: str) -> Any:
     path = Path(locate(source)).expanduser()
     if path.is_file():
         if path.suffix not in BUILDERS:
-            raise ValueError(f"{source}: files of the kind {path.suffix!r} are not read, only {', '.join(BUILDERS)}.")
+            raise ValueError(
+                f"{source}: files of the kind {path.suffix!r} cannot be read. Known kinds: {', '.join(BUILDERS)}."
+            )
         return {"train": [path]}
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -97,7 +99,7 @@ def _open(source: str) -> Any:
         return load_dataset(source)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"data source {source}: neither a local file or folder nor a data set of the hub that may be read "
+            f"data source {source}: not a local file or folder, and not an accessible data set on the hub "
             f"({' '.join(str(error).split()):.200})."
         ) from error
     except (ConnectionError, OSError) as error:

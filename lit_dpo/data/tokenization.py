@@ -120,14 +120,14 @@ def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         conversations = [render(answer) for answer in answers]
         generation = render(generate=True)
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
+        raise ValueError(f"the chat template rejects the messages: {error}") from error
     # With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
     # is the common prefix of the generation text and all conversations. It must contain the whole last user turn.
     prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
     if prompt_text != generation and not prompt_text.startswith(render()):
         raise ValueError(
-            "The chat template does not begin a conversation with its own prompt: "
-            f"the prompt ends with {generation[-60:]!r}, the conversation goes on otherwise."
+            "A conversation rendered by the chat template does not begin with the rendered prompt: "
+            f"the prompt ends with {generation[-60:]!r}, the conversation continues differently."
         )
     prompt = encode(prompt_text)
     responses = []

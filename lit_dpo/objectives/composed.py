@@ -39,7 +39,8 @@ class Mixture(Objective):
         self.objectives = nn.ModuleList(objectives)
         if not objectives or len(objectives) != len(self.weights):
             raise ValueError(
-                f"objective.weights has {len(self.weights)} numbers for {len(objectives)} objectives: give one each."
+                f"objective.weights has {len(self.weights)} numbers for {len(objectives)} objectives. Give one for "
+                "each objective."
             )
         for weight in self.weights:
             within("weights", weight, 0, float("inf"))
@@ -117,12 +118,12 @@ class Wrapper(Objective):
         name = type(self.objective).__name__
         if not self.pairwise:
             raise ValueError(
-                f"{type(self).__name__} cannot hold {name}: its losses are not of single pairs (AOT sorts the batch), "
-                f"so a pair's {what} would fall on others."
+                f"{type(self).__name__} cannot wrap {name}: its losses do not belong to single pairs (AOT sorts the "
+                f"batch), so a pair's {what} would apply to other pairs."
             )
         if self.ranks_lists:
             raise ValueError(
-                f"{type(self).__name__} cannot hold {name}: its {what} are of two responses, not of a list."
+                f"{type(self).__name__} cannot wrap {name}: its {what} are defined for pairs, not for ranked lists."
             )
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
@@ -170,7 +171,7 @@ class WPO(Wrapper):
         """
         responses = policy.responses
         if responses is None or responses.statistics is None:
-            raise ValueError("WPO needs the statistics of the policy's tokens: PairLogps.responses.statistics.")
+            raise ValueError("WPO needs token statistics of the policy (PairLogps.responses.statistics).")
         aligned = responses.sum(responses.token_logps.detach() - responses.statistics.log_sum_squares)
         chosen, rejected = responses.best_and_worst(aligned)
         return (chosen / policy.chosen_lengths + rejected / policy.rejected_lengths).exp()
@@ -205,9 +206,9 @@ class LDDPO(Wrapper):
         super().__init__(objective)
         inside = type(self.objective).__name__
         if self.uses_statistics:
-            raise ValueError(f"LDDPO cannot hold {inside}: its weights are of all tokens. Put WPO around LDDPO.")
+            raise ValueError(f"LDDPO cannot wrap {inside}, whose weights count all tokens. Wrap LDDPO in WPO instead.")
         if self.ranks_lists:
-            raise ValueError(f"LDDPO cannot hold {inside}: lists share no length of two responses.")
+            raise ValueError(f"LDDPO cannot wrap {inside}: it supports pairs only, not ranked lists.")
         self.alpha = within("alpha", alpha, 0, 1, "[]")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> Rewards:
@@ -225,9 +226,9 @@ class LDDPO(Wrapper):
             ValueError: If there are no log-probs per token, or if there are ranked lists.
         """
         if logps.responses is None:
-            raise ValueError("LDDPO needs log-probs token by token: PairLogps.responses.")
+            raise ValueError("LDDPO needs log-probs per token (PairLogps.responses).")
         if any(count != 2 for count in logps.responses.counts):
-            raise ValueError("LDDPO takes pairs; lists share no length of two responses.")
+            raise ValueError("LDDPO supports pairs only, not ranked lists.")
         weights = _weights(logps.responses, self.alpha)
         responses = logps.responses._replace(token_logps=weights * logps.responses.token_logps)
         chosen, rejected = responses.best_and_worst(responses.sum(responses.token_logps))

@@ -16,7 +16,7 @@ def score_differences(policy: PairLogps) -> Tensor:
         ValueError: If the log-probs come without the data's scores.
     """
     if policy.responses is None:
-        raise ValueError("An objective that looks at the data's scores needs PairLogps.responses.")
+        raise ValueError("An objective that uses the data's scores needs PairLogps.responses.")
     chosen, rejected = policy.responses.best_and_worst(policy.responses.scores)
     return chosen - rejected
 

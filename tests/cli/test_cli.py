@@ -19,6 +19,7 @@ from lit_dpo.module import DPOModule
 from lit_dpo.training.throughput import NAMES
 from tests.closeness import LOSS, TINY, assert_same
 from tests.conftest import REPOSITORY
+from tests.objectives.test_properties import NAMES as OBJECTIVES
 from tests.tiny import made_up_rows, write_jsonl
 
 STEPS = 4  # of an epoch of the tiny run: each adds rounding of its own
@@ -177,7 +178,7 @@ def test_a_checkpoint_that_is_not_there_is_noticed_first(tiny: list[str]) -> Non
 def test_a_place_in_other_data_is_refused(tiny: list[str]) -> None:
     main(["fit", *tiny])
     arguments = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt", "--data.batch_size", "2"]
-    with pytest.raises(ValueError, match="pairs in a batch over all processes was 4 and is 2"):
+    with pytest.raises(ValueError, match="pairs in a batch over all processes was 4 and is now 2"):
         main(["fit", *tiny, *arguments, "--trainer.max_epochs", "2"])
 
 
@@ -349,7 +350,7 @@ def scored(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 FRONT_DOOR = [
-    *([name] for name in NAMES),
+    *([name] for name in OBJECTIVES),
     *("IPO --model.objective.tau 0.1".split(), "BCOPair --model.objective.shift none".split()),
     "Sigmoid --model.objective.divergence ForwardKL".split(),
     "Sigmoid --model.objective.divergence AlphaDivergence --model.objective.divergence.alpha 0.3".split(),
@@ -560,7 +561,7 @@ def test_a_configuration_file_may_name_the_checkpoint(tiny: list[str]) -> None:
     ("arguments", "message"),
     [
         ("--model.objective.beta -1", "error: objective.beta must be positive and finite, not -1.0."),
-        ("--model.objective WPO --model.objective.objective AOT", "error: WPO cannot hold AOT"),
+        ("--model.objective WPO --model.objective.objective AOT", "error: WPO cannot wrap AOT"),
         ("--model.objective Mixture --model.objective.weights [1.0]", "error: objective.weights has 1 numbers for 3"),
         ("--model.reference MovingReference --model.reference.cached true", "error: model.reference.cached: a moving"),
         ("--model.objective Sigmoidd", "Did you mean Sigmoid?"),
@@ -625,7 +626,7 @@ def test_what_the_data_cannot_give_is_refused_at_the_start(tiny: list[str], tmp_
         main(["fit", *tiny, *lists])
     with pytest.warns(UserWarning, match="PlackettLuce ranks only two responses per row"):
         main(["fit", *tiny, "--model.objective", "PlackettLuce", "--trainer.max_steps", "1"])
-    with pytest.raises(ValueError, match=rf"{pairs_file}, row \d+: there are no scores, which ODPO uses"):
+    with pytest.raises(ValueError, match=rf"{pairs_file}, row \d+: the row has no scores, but ODPO needs them"):
         main(["fit", *tiny, "--model.objective", "ODPO"])
     wrong = [{**row, "score_chosen": 2.0, "score_rejected": 3.0} for row in made_up_rows(12)]
     source = write_jsonl(tmp_path / "wrong.jsonl", wrong)

@@ -67,7 +67,7 @@ def test_a_row_of_another_format_is_named() -> None:
 
 def test_nothing_left_is_an_error_that_says_why() -> None:
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    with pytest.raises(ValueError, match=r"(?s)no pair is left.*identical responses"):
+    with pytest.raises(ValueError, match=r"(?s)no usable pair is left.*identical responses"):
         prepare_pairs(rows, "file", TOKENIZER, Truncation())
 
 
@@ -125,7 +125,7 @@ def test_scores_are_asked_for_by_row() -> None:
     pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, "prompt": "q"}]), "x", TOKENIZER, Truncation(64))
     pairs.require_scores("ODPO")
     for change, message in (
-        ({"score_chosen": None}, "x, row 1: there are no scores, which ODPO uses"),
+        ({"score_chosen": None}, "x, row 1: the row has no scores, but ODPO needs them"),
         ({"score_chosen": 0.5}, "x, row 1: the chosen response has the score 0.5 and the rejected one 1;"),
     ):
         pairs, _ = prepare_pairs(Dataset.from_list([given, {**given, **change}]), "x", TOKENIZER, Truncation(64))

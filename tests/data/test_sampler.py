@@ -51,7 +51,7 @@ def test_evaluation_sees_each_pair_once_over_all_ranks(num_replicas: int) -> Non
 
 
 def test_fewer_pairs_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="fewer than the 2 processes"):
+    with pytest.raises(ValueError, match="too few for 2 processes"):
         EvalSampler(range(1), batch_size=1, num_replicas=2)
 
 

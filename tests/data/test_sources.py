@@ -82,5 +82,5 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text("hello")
-    with pytest.raises(ValueError, match="'.txt' are not read"):
+    with pytest.raises(ValueError, match="'.txt' cannot be read"):
         load_rows(str(path), None, TRAIN_SPLITS)

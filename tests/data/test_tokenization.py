@@ -53,7 +53,7 @@ def test_a_template_that_opens_the_answer_otherwise_when_it_generates() -> None:
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
-    with pytest.raises(ValueError, match="does not begin a conversation with its own prompt"):
+    with pytest.raises(ValueError, match="does not begin with the rendered prompt"):
         tokenize(pair(), tokenizer)
 
 

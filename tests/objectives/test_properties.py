@@ -195,9 +195,9 @@ def test_alpha_divergences_lie_between_reverse_and_forward_kl() -> None:
 def test_combinations_without_a_meaning_are_refused_saying_why() -> None:
     for wrapper in (ours.WPO, ours.ScoreWeighted):
         for sorts in (ours.AOT(), ours.AOTUnpaired(), ours.SFT("token"), ours.Mixture([ours.Sigmoid(), ours.AOT()])):
-            with pytest.raises(ValueError, match="not of single pairs"):
+            with pytest.raises(ValueError, match="do not belong to single pairs"):
                 wrapper(sorts)
-        with pytest.raises(ValueError, match="not of a list"):
+        with pytest.raises(ValueError, match="not for ranked lists"):
             wrapper(ours.PlackettLuce())
     for weighs in (ours.WPO(), ours.ScoreWeighted(ours.WPO()), ours.Mixture([ours.WPO()])):
         with pytest.raises(ValueError, match="Put WPO around LDDPO"):
@@ -226,7 +226,7 @@ def test_what_is_missing_is_named() -> None:
     sums = ours.PairLogps.from_sums([-4.0], [-9.0])._replace(responses=None)
     for objective, message in (
         (ours.WPO(), "statistics"),
-        (ours.LDDPO(), "token by token"),
+        (ours.LDDPO(), "per token"),
         (ours.ODPO(), "scores"),
     ):
         with pytest.raises(ValueError, match=message):

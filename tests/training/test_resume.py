@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create",
     "ignore:The '.*dataloader' does not have many workers",
     "ignore:You're resuming",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
