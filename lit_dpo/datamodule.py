@@ -175,7 +175,7 @@ class PreferenceDataModule(LightningDataModule):
             self.train_pairs, report = self._prepare(rows, place, tokenizer)
         if self.val_size is not None:
             assert self.train_pairs is not None
-            self.train_pairs, self.val_pairs = self.train_pairs.carve(self.val_size, self.seed)
+            self.train_pairs, self.val_pairs = self.train_pairs.split_off(self.val_size, self.seed)
             return report
         # A separate val_source may be a single file, with only the split "train": then all of it is held out.
         names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")

@@ -27,12 +27,12 @@ from lit_dpo.reference.precompute import ReferencePass, shows_progress
 from lit_dpo.training.accumulation import window_weight
 from lit_dpo.training.checkpoint import fitting_weights, keep_trained, move_weights
 from lit_dpo.training.finite import FiniteSteps, OnNonfinite
-from lit_dpo.training.hyperparameters import plain_hyperparameters, untrusted
+from lit_dpo.training.hyperparameters import plain_hyperparameters, trust_overrides
 from lit_dpo.training.logging import LoggedMeans
 from lit_dpo.training.metrics import PreferenceMetrics
-from lit_dpo.training.requirements import check_data, placement
+from lit_dpo.training.requirements import check_data, checked_placement
 from lit_dpo.training.resume import ExactResume
-from lit_dpo.training.schedule import LRSchedule, warmed_up
+from lit_dpo.training.schedule import LRSchedule, warmup_scheduler
 from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
@@ -143,7 +143,7 @@ class DPOModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer of the adapters, and a learning-rate schedule with warm-up over the whole run."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        scheduler = warmed_up(optimizer, self.lr_scheduler, self.warmup, self.trainer)
+        scheduler = warmup_scheduler(optimizer, self.lr_scheduler, self.warmup, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def record(
@@ -160,7 +160,7 @@ class DPOModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the policy on this rank's device, once."""
         vars(self).pop("reference", None)  # another Trainer may compute in another precision
-        dtype, device = placement(self._trainer, quantized=self.quantization is not None)
+        dtype, device = checked_placement(self._trainer, quantized=self.quantization is not None)
         if "policy" not in self._modules:
             self.build_policy(dtype, device)
 
@@ -180,13 +180,13 @@ class DPOModule(LightningModule):
         )
         statistics = self.token_metrics or self.objective.uses_statistics
         self.policy = Policy(model, self.layout, self.gradient_checkpointing, statistics)
-        self._product_type = dtype
+        self._matmul_dtype = dtype
         rank_zero_info(f"Policy: {self.base}, {self.policy.summary()}, base in {describe(quantization, dtype)}.")
 
     @cached_property
     def reference(self) -> Reference:
         """The reference that the policy is compared with."""
-        dtype = self._product_type if self._trainer is None else dtype_for(self.trainer.precision)
+        dtype = self._matmul_dtype if self._trainer is None else dtype_for(self.trainer.precision)
         return open_reference(self.reference_choice, self.policy, self.objective, dtype, lambda: self.tokenizer)
 
     @cached_property
@@ -244,5 +244,5 @@ class DPOModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a module. A repository's code runs only if ``trust_remote_code=True`` is passed to this method."""
-        arguments = untrusted(checkpoint_path, **kwargs) | kwargs
+        arguments = trust_overrides(checkpoint_path, **kwargs) | kwargs
         return super().load_from_checkpoint(checkpoint_path, *args, **arguments)

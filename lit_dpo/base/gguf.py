@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +32,7 @@ def convert(gguf: Path) -> Path:
         with library_bars(False, "transformers"):
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer.eos_token = _eos_token(gguf)  # some releases of transformers take the token that begins a turn
         # The weights are dequantized now. The GGUF mark in the config would forbid another quantization.
         if hasattr(model.config, "quantization_config"):  # transformers 5.0 sets no mark
             del model.config.quantization_config
@@ -47,3 +49,10 @@ def convert(gguf: Path) -> Path:
         transformers_logging.set_verbosity(verbosity)
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _eos_token(gguf: Path) -> str:
+    """The end-of-sequence token that a GGUF file names."""
+    fields = GGUFReader(gguf).fields
+    index = int(fields["tokenizer.ggml.eos_token_id"].contents())
+    return str(fields["tokenizer.ggml.tokens"].contents(index))

@@ -28,7 +28,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
     """Tokenized pairs. Indexing with a list of indices gives a batch.
 
     Args:
-        columns: The cached data set. Its columns are those of ``columns_of_the_cache``.
+        columns: The cached data set. Its columns are those of ``cache_features``.
         indices: Row numbers of the pairs in ``columns``, in the order to use.
         source: Name of the data source, for messages.
     """
@@ -87,7 +87,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         row = self.columns[self.indices[index]]
         return row["question"], row["prompt"]
 
-    def carve(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
+    def split_off(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
         """Splits off ``size`` pairs at random. Pairs with the same prompt stay together.
 
         Args:
@@ -122,7 +122,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         )
 
 
-def columns_of_the_cache() -> "Features":
+def cache_features() -> "Features":
     """Names and types of the columns of the cached data set."""
     from datasets import Features, Value
     from datasets import Sequence as ListOf
@@ -187,7 +187,7 @@ def prepare_pairs(
                 "max_responses": max_responses,
             },
             remove_columns=rows.column_names,
-            features=columns_of_the_cache(),
+            features=cache_features(),
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             load_from_cache_file=True,
             new_fingerprint=fingerprint,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder to write to, and renames it to ``path`` at the end.
 
     If the block raises, the temporary file is removed and an older file at ``path`` stays unchanged.

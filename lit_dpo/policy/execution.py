@@ -76,7 +76,12 @@ def compilation_pays(mode: Switch, device: torch.device, num_batches: float) -> 
     """Whether to compile. ``auto`` compiles on a CPU with a C++ compiler, in a run that is long enough."""
     if mode != "auto":
         return mode
-    return device.type == "cpu" and shutil.which("g++") is not None and num_batches >= PAYS_AFTER
+    return device.type == "cpu" and can_compile_on_cpu() and num_batches >= PAYS_AFTER
+
+
+def can_compile_on_cpu() -> bool:
+    """Whether there is a C++ compiler, and vector instructions: without them inductor's C++ code does not build."""
+    return shutil.which("g++") is not None and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 def compile_layers(model: PeftModel) -> None:

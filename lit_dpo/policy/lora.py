@@ -72,7 +72,7 @@ def is_gated(module: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a LoRA layer: fused for plain LoRA with at most one active adapter, else PEFT's own."""
-    adapters, dtype = _adapters(layer), _product_type(x)
+    adapters, dtype = _adapters(layer), _matmul_dtype(x)
     if args or kwargs or not _is_plain(layer, adapters, dtype):
         return original(x, *args, **kwargs)
     x = x.to(dtype)
@@ -87,7 +87,7 @@ def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Te
     """The forward of a gated feed-forward layer: fused if its down projection can be fused."""
     if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # PEFT can unload adapters
         return original(x)
-    adapters, dtype = _adapters(layer.down_proj), _product_type(x)
+    adapters, dtype = _adapters(layer.down_proj), _matmul_dtype(x)
     if not adapters or not _is_plain(layer.down_proj, adapters, dtype):
         return original(x)
     gate, up = layer.gate_proj(x).to(dtype), layer.up_proj(x).to(dtype)
@@ -117,7 +117,7 @@ def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
     return not layer.merged and len(adapters) <= 1
 
 
-def _product_type(x: Tensor) -> torch.dtype:
+def _matmul_dtype(x: Tensor) -> torch.dtype:
     """The type of matrix products with x: autocast's type if autocast is on, else the type of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

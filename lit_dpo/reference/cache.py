@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
-from lit_dpo.files.atomic import replacing
+from lit_dpo.files.atomic import atomic_write
 from lit_dpo.files.cache import cache_dir
 from lit_dpo.objectives import PairLogps
 from lit_dpo.reference.base import Reference
@@ -168,7 +168,7 @@ class CachedReference(Reference):
 
     def _write(self, content: bytes) -> None:
         """Writes a shard."""
-        with replacing(self.folder / f"{_digest(content)}.safetensors") as path:
+        with atomic_write(self.folder / f"{_digest(content)}.safetensors") as path:
             path.write_bytes(content)
 
     @property

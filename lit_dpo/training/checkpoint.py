@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_dpo.files.atomic import replacing
+from lit_dpo.files.atomic import atomic_write
 from lit_dpo.policy.adapters import MOVING_ADAPTER, belongs_to
 
 
@@ -72,5 +72,5 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     if not trainer.is_global_zero:
         trainer.save_checkpoint(path, weights_only=False)  # takes part in the collectives and writes nothing
     else:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)

@@ -33,7 +33,7 @@ def asks_for_trust(arguments: Any) -> bool:
     return isinstance(arguments, list | tuple) and any(asks_for_trust(item) for item in arguments)
 
 
-def untrusted(checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> dict[str, Any]:
+def trust_overrides(checkpoint_path: Any, weights_only: bool | None = None, **_: Any) -> dict[str, Any]:
     """Replacements for those arguments of a checkpoint that would let a repository's code run.
 
     Args:

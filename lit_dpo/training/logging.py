@@ -23,6 +23,7 @@ class LoggedMeans(Callback):
         """Discards the unfinished step of an interrupted run."""
         pl_module.step.batches.clear()
         pl_module.train_metrics.reset()
+        self._throughput = Throughput()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Notes that a batch begins, for the step and the throughput."""

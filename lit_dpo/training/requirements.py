@@ -39,7 +39,7 @@ def check_data(objective: Objective, data: Any, stage: str) -> None:
                 pairs.require_scores(name)
 
 
-def placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.dtype, torch.device]:
+def checked_placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.dtype, torch.device]:
     """The type of the matrix products, and the device of this rank.
 
     Args:

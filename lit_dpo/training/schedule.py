@@ -9,7 +9,7 @@ from transformers import get_scheduler
 LRSchedule: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
 
 
-def warmed_up(optimizer: torch.optim.Optimizer, schedule: LRSchedule, warmup: float, trainer: Trainer) -> Any:
+def warmup_scheduler(optimizer: torch.optim.Optimizer, schedule: LRSchedule, warmup: float, trainer: Trainer) -> Any:
     """A learning-rate scheduler for the whole run. It must be advanced at each optimizer step.
 
     Args:

@@ -27,7 +27,8 @@ class Throughput:
 
         Collective: every rank must call it.
         """
-        seconds = time.perf_counter() - (self._start or 0.0)
+        assert self._start is not None, "a step has at least one batch"
+        seconds = time.perf_counter() - self._start
         self._start = None
         pairs = sum(len(record.batch) for record in step.batches)
         tokens = sum(record.batch.input_ids.numel() for record in step.batches)

@@ -77,14 +77,14 @@ def test_carving_keeps_the_pairs_of_a_prompt_together() -> None:
     for index, row in enumerate(twice):
         row["rejected"] = [row["rejected"][0], {"role": "assistant", "content": f"no {index}"}]
     pairs, _ = prepare_pairs(Dataset.from_list(twice), "x", TOKENIZER, Truncation())
-    train, held_out = pairs.carve(0.25, seed=3)
+    train, held_out = pairs.split_off(0.25, seed=3)
     assert (len(train), len(held_out)) == (30, 10)
     assert not {train.prompt(i)[0] for i in range(30)} & {held_out.prompt(i)[0] for i in range(10)}
-    assert list(pairs.carve(0.25, seed=3)[1].indices) == list(held_out.indices)
-    assert list(pairs.carve(0.25, seed=4)[1].indices) != list(held_out.indices)
-    assert len(pairs.carve(4, seed=3)[1]) == 4
+    assert list(pairs.split_off(0.25, seed=3)[1].indices) == list(held_out.indices)
+    assert list(pairs.split_off(0.25, seed=4)[1].indices) != list(held_out.indices)
+    assert len(pairs.split_off(4, seed=3)[1]) == 4
     with pytest.raises(ValueError, match="data.val_size=400"):
-        pairs.carve(400, seed=0)
+        pairs.split_off(400, seed=0)
 
 
 def test_real_rows_with_their_dirt(ultrafeedback: Path) -> None:

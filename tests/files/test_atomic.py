@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lit_dpo.files.atomic import replacing
+from lit_dpo.files.atomic import atomic_write
 
 
 def test_a_file_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "folder/x.txt"
     for content in ("old", "new"):
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             assert beside.parent == path.parent, "a rename within one folder, never a copy between file systems"
             beside.write_text(content)
         assert path.read_text() == content
@@ -18,7 +18,7 @@ def test_a_file_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
 
 
 def interrupted(path: Path) -> None:
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("ne")
         raise KeyboardInterrupt
 

@@ -200,7 +200,7 @@ def test_combinations_without_a_meaning_are_refused_saying_why() -> None:
         with pytest.raises(ValueError, match="not for ranked lists"):
             wrapper(ours.PlackettLuce())
     for weighs in (ours.WPO(), ours.ScoreWeighted(ours.WPO()), ours.Mixture([ours.WPO()])):
-        with pytest.raises(ValueError, match="Put WPO around LDDPO"):
+        with pytest.raises(ValueError, match="Wrap LDDPO in WPO instead"):
             ours.LDDPO(objective=weighs)
     with pytest.raises(ValueError, match="share no length"):
         ours.LDDPO(objective=ours.PlackettLuce())

@@ -1,13 +1,12 @@
 """Recomputing activations and compiling layers change time and memory, and numbers by no more than rounding."""
 
-import shutil
 import warnings
 
 import pytest
 import torch
 
 from lit_dpo.policy import execution
-from lit_dpo.policy.execution import compilation_pays
+from lit_dpo.policy.execution import can_compile_on_cpu, compilation_pays
 from lit_dpo.policy.policy import Policy
 from tests.closeness import TINY, assert_same
 from tests.tiny import random_batch, tiny_policy
@@ -51,10 +50,10 @@ def test_when_compiling_pays() -> None:
     assert not compilation_pays(False, cpu, 10**6)
     assert not compilation_pays("auto", cpu, 100)
     assert not compilation_pays("auto", cuda, 10**6)
-    assert compilation_pays("auto", cpu, 10**6) == (shutil.which("g++") is not None)
+    assert compilation_pays("auto", cpu, 10**6) == can_compile_on_cpu()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(not can_compile_on_cpu(), reason="there is no C++ compiler, or no vector instructions")
 def test_compiled_layers_give_the_same_for_batches_of_any_length(tiny_base: str) -> None:
     plain, compiled = tiny_policy(tiny_base), tiny_policy(tiny_base)
     with warnings.catch_warnings():
