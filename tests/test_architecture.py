@@ -102,7 +102,8 @@ def test_only_the_two_parts_lie_at_the_top() -> None:
 PRIVATE = {
     "_typehints": ["cli/overrides.py"],  # jsonargparse: arguments that a replaced class hands on
     "_subcommands_action": ["cli/errors.py"],  # jsonargparse: names of the commands
-    "_actions": ["cli/errors.py"],  # argparse: names of the options
+    "_typehint": ["cli/overrides.py"],  # jsonargparse: the type of an argument
+    "_actions": ["cli/errors.py", "cli/overrides.py"],  # argparse: names of the options
     "_prepare_subcommand_parser": ["cli/app.py"],  # lightning: the arguments of one command
     "_fingerprint": ["data/preparation.py"],  # datasets: what the rows are
     "_is_avx512_bf16_supported": ["policy/precision.py"],  # torch: whether the CPU multiplies bfloat16

@@ -18,6 +18,7 @@ from lit_dpo.cli.overrides import (
     LIGHTNING_CHECKPOINTS,
     given_checkpoint,
     new_classes_start_afresh,
+    read_integers_first,
     stored_arguments,
     warn_of_overrides,
 )
@@ -97,6 +98,7 @@ class DPOCLI(LightningCLI):
                 command.add_function_arguments(function_of(name))
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
+                read_integers_first(command)
                 command.set_defaults({"weights_only": True})  # loading a checkpoint must not run code
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)

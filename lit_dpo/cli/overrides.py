@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -70,6 +70,18 @@ def warn_of_overrides(now: dict[str, Any], stored: dict[str, Any]) -> None:
     """Warns about each setting of the model that differs from the checkpoint's."""
     for setting, given, was in _differences("model", now, stored):
         rank_zero_warn(f"{setting} is {_shown(given)}, as given; the checkpoint stored {_shown(was)}.")
+
+
+def read_integers_first(parser: Any) -> None:
+    """Makes the parser read ``--trainer.limit_train_batches 1`` as one batch, and not as 1.0, which is all of them.
+
+    typing caches unions without regard to order, so ``Union[int, float]`` is float first if another library made that
+    union before. jsonargparse tries the types in order, and has no public way to change the type of an argument.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if action.dest.startswith("trainer.") and set(kinds) == {int, float, type(None)}:
+            action._typehint = int | float | None
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from lit_dpo.cli.app import main
 from lit_dpo.cli.errors import line_for
+from lit_dpo.cli.overrides import read_integers_first
 from tests.cli.test_cli import environment, tiny  # noqa: F401
 from tests.tiny import CHATML, made_up_rows, save_tiny_base, tiny_tokenizer, write_jsonl
 
@@ -136,6 +138,15 @@ def test_training_without_held_out_pairs_works_when_told_so(tiny: list[str], tmp
         main(["fit", *arguments])
     main(["fit", *arguments, "--trainer.limit_val_batches", "0"])
     assert list(Path("runs").rglob("adapter_model.safetensors"))
+
+
+def test_a_number_of_batches_is_not_a_share() -> None:
+    parser: Any = ArgumentParser()
+    parser.add_argument("--trainer.limit", type=float | int | None, default=None)
+    read_integers_first(parser)
+    for given, expected in (("1", 1), ("1.0", 1.0), ("0.5", 0.5)):
+        found = parser.parse_args(["--trainer.limit", given]).trainer.limit
+        assert (found, type(found)) == (expected, type(expected))
 
 
 @pytest.mark.slow
