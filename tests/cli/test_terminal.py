@@ -4,10 +4,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from lit_dpo.cli.app import main
@@ -40,15 +42,18 @@ def failed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--trainer.val_check_interval 1000", "error: trainer.val_check_interval: "),
-        ("--trainer.strategy foo", "error: trainer.strategy: "),
-        ("--trainer.logger WandbLogger", "error: lightning.pytorch.loggers.WandbLogger: Requirement 'wandb"),
-        ("--trainer.accelerator gpu", "error: trainer.accelerator: "),
-    ],
-)
+SETTINGS = [
+    ("--trainer.val_check_interval 1000", "error: trainer.val_check_interval: "),
+    ("--trainer.strategy foo", "error: trainer.strategy: "),
+]
+if find_spec("wandb") is None:
+    wandb = "error: lightning.pytorch.loggers.WandbLogger: Requirement 'wandb"
+    SETTINGS.append(("--trainer.logger WandbLogger", wandb))
+if not torch.cuda.is_available():
+    SETTINGS.append(("--trainer.accelerator gpu", "error: trainer.accelerator: "))
+
+
+@pytest.mark.parametrize(("arguments", "message"), SETTINGS)
 def test_an_error_about_a_setting_takes_one_line_with_its_key(
     tiny: list[str],  # noqa: F811
     arguments: str,
@@ -56,12 +61,6 @@ def test_an_error_about_a_setting_takes_one_line_with_its_key(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if "Wandb" in arguments:
-        pytest.importorskip("lightning")
-        if __import__("importlib.util").util.find_spec("wandb"):
-            pytest.skip("wandb is installed")
-    if "gpu" in arguments and __import__("torch").cuda.is_available():
-        pytest.skip("there is a GPU")
     assert failed(["fit", *tiny, *arguments.split()], monkeypatch, capfd).startswith(message)
 
 
