@@ -24,6 +24,16 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         # peft imports bitsandbytes if it can, which takes over a second. The help does not need it.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    if len(sys.argv) == 3 and sys.argv[1] in DESCRIPTIONS and sys.argv[2] in ("-h", "--help"):
+        from lit_dpo.cli.help import print_help
+
+        print_help(sys.argv[1], run)
+    else:
+        run()
+
+
+def run() -> None:
+    """Runs the command line with all libraries."""
     from lit_dpo.cli.app import main
 
     main()

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from lit_dpo.cli.app import main
 from lit_dpo.cli.errors import line_for
+from lit_dpo.cli.help import installation, print_help
 from lit_dpo.cli.overrides import read_integers_first
 from tests.cli.test_cli import environment, tiny  # noqa: F401
 from tests.tiny import CHATML, made_up_rows, save_tiny_base, tiny_tokenizer, write_jsonl
@@ -148,10 +149,33 @@ def test_a_number_of_batches_is_not_a_share() -> None:
         assert (found, type(found)) == (expected, type(expected))
 
 
-@pytest.mark.slow
-def test_help_is_quick() -> None:
+def test_help_is_quick_and_the_same_when_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "lit_dpo", "validate", "-h"]
+    built = subprocess.run(command, env=environment(), capture_output=True, check=True).stdout
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "lit_dpo", "fit", "--help"], env=environment(), capture_output=True, check=True
-    )
+    kept = subprocess.run(command, env=environment(), capture_output=True, check=True).stdout
     assert time.perf_counter() - start < 5
+    assert built == kept
+    assert b"--trainer.limit_val_batches" in kept
+
+
+def test_help_is_built_anew_for_other_packages_and_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = installation()
+    assert installation() == before
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "torch-99.0.dist-info").mkdir()
+    assert installation() != before
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    assert installation() == before
+    monkeypatch.setenv("COLUMNS", "47")
+    assert installation() != before
+
+
+def test_help_is_printed_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "file"))
+    print_help("fit", lambda: print("the help"))
+    assert capsys.readouterr().out == "the help\n"
