@@ -2,12 +2,11 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_dpo.training.ranks import gather_objects
-from lit_dpo.training.step import PairNumbers, name_pairs
+from lit_dpo.training.step import OptimizerStep, PairNumbers, name_pairs
 
 
 class CollapseGuard(Callback):
@@ -56,22 +55,17 @@ class CollapseGuard(Callback):
         if not step.finite:
             trainer.should_stop |= self.action == "stop"
         elif pl_module.reference.exists and (self.max_drop or self.max_kl):
-            self._check(trainer, step.pairs())
+            self._check(trainer, step)
 
-    def _check(self, trainer: Trainer, pairs: list[PairNumbers]) -> None:
-        drop = sum(-pair.displacement for pair in pairs)
-        kl = sum(pair.kl * pair.num_tokens for pair in pairs)
-        totals = torch.tensor([drop, len(pairs), kl, sum(pair.num_tokens for pair in pairs)])
-        totals = totals.to(trainer.strategy.root_device)  # NCCL reduces tensors on the GPU only
-        drop, number, kl, tokens = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
-        drop, kl = drop / number, kl / tokens
+    def _check(self, trainer: Trainer, step: OptimizerStep) -> None:
+        drop, kl = -step.means["displacement/chosen"], step.means["kl"]
         if self._passes(drop, self.max_drop, "max_drop"):
             self._report(
                 trainer,
                 f"the chosen responses are {drop:.3g} nats per token less likely than under the reference "
                 f"(max_drop={self.max_drop:g})",
                 sorted(
-                    (pair for pair in pairs if -pair.displacement > (self.max_drop or 0)),
+                    (pair for pair in step.pairs() if -pair.displacement > (self.max_drop or 0)),
                     key=lambda pair: pair.displacement,
                 ),
                 "This is likelihood displacement: lower the learning rate, raise β, or add a term for the chosen "
@@ -81,7 +75,7 @@ class CollapseGuard(Callback):
             self._report(
                 trainer,
                 f"the KL divergence from the reference is {kl:.3g} nats per token (max_kl={self.max_kl:g})",
-                sorted((pair for pair in pairs if pair.kl > (self.max_kl or 0)), key=lambda pair: -pair.kl),
+                sorted((pair for pair in step.pairs() if pair.kl > (self.max_kl or 0)), key=lambda pair: -pair.kl),
                 "Lower the learning rate, train fewer steps, or raise β.",
             )
 

@@ -51,6 +51,7 @@ class PairBatch:
         predictors: For each response token, the index in the row of the token that predicts it, (R,). Pairs are in
             order; within a pair, responses go from best to worst.
         targets: Id of each response token, (R,), in the same order.
+        lengths: Number of tokens of each response, (S,), in the same order.
         scores: Score of each response in the data, (S,); NaN where the data has none.
         segments: Lengths of the parts of each pair, P entries.
         origins: Source and row number of each pair, P entries.
@@ -61,6 +62,7 @@ class PairBatch:
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    lengths: Tensor
     scores: Tensor
     segments: tuple[Segment, ...]
     origins: tuple[tuple[str, int], ...]
@@ -89,6 +91,7 @@ class PairBatch:
             position_ids=torch.tensor(positions),
             predictors=torch.tensor(predictors),
             targets=torch.tensor(targets),
+            lengths=torch.tensor([len(response) for pair in pairs for response in pair.responses]),
             scores=torch.tensor([score for pair in pairs for score in pair.scores or [math.nan] * len(pair.responses)]),
             segments=tuple(Segment(len(pair.prompt), tuple(map(len, pair.responses))) for pair in pairs),
             origins=tuple((pair.source, pair.row) for pair in pairs),
@@ -120,12 +123,13 @@ class PairBatch:
         """Sums the log-probs of response tokens, (R,), over each response."""
         counts = tuple(len(segment.responses) for segment in self.segments)
         responses = Responses(logps, self.response_lengths, counts, self.scores, statistics)
-        lengths = torch.tensor(self.response_lengths, device=logps.device)
-        return PairLogps(*responses.best_and_worst(responses.sum(logps)), *responses.best_and_worst(lengths), responses)
+        sums = responses.best_and_worst(responses.sum(logps))
+        return PairLogps(*sums, *responses.best_and_worst(self.lengths), responses)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device. From page-locked memory, the host does not wait for the copies to a GPU."""
+        pinned = self.input_ids.is_pinned()
+        return self._map(lambda tensor: tensor.to(device, non_blocking=pinned))
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; called by the DataLoader."""
@@ -157,5 +161,6 @@ class PairBatch:
             position_ids=function(self.position_ids),
             predictors=function(self.predictors),
             targets=function(self.targets),
+            lengths=function(self.lengths),
             scores=function(self.scores),
         )

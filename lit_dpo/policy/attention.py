@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_dpo.data.batch import Segment
+from lit_dpo.policy.precision import matmul_dtype
 
 NAME = "lit_dpo"
 # Cost of one SDPA call, in attention scores. Fewer groups need fewer calls but more padding, which adds scores.
@@ -130,8 +131,8 @@ class AttentionLayout:
         """Offsets of the queries and of the keys of S sequences, (S + 1,) each, and the greatest length of each."""
         queries = [length for s in self.segments for length in (s.prompt + s.responses[0], *s.responses[1:])]
         keys = [s.prompt + length for s in self.segments for length in s.responses]
-        q, k = (torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32) for lengths in (queries, keys))
-        return q, k, max(queries), max(keys)
+        q, k = (torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (queries, keys))
+        return self._moved(q), self._moved(k), max(queries), max(keys)
 
     def _conversations(self) -> Iterator[Tensor]:
         """The tokens of each prompt + response, as indices into the flat row."""
@@ -156,12 +157,13 @@ class AttentionLayout:
             if number:
                 repeats[number - 1].append((row[:new], places[:new]))
 
-        def moved(part: Tensor) -> Tensor:
-            return part.to(self.device, non_blocking=True)
-
         joined = ((torch.cat(tokens), torch.cat(places)) for tokens, places in (zip(*r, strict=True) for r in repeats))
-        pairs = tuple((moved(tokens), moved(places)) for tokens, places in joined)
-        return Gather(moved(index), moved(first_places), pairs)
+        pairs = tuple((self._moved(tokens), self._moved(places)) for tokens, places in joined)
+        return Gather(self._moved(index), self._moved(first_places), pairs)
+
+    def _moved(self, part: Tensor) -> Tensor:
+        """The tensor on the device. A GPU's driver buffers what is not page-locked, so the host need not wait."""
+        return part.to(self.device, non_blocking=True)
 
 
 def group(lengths: Sequence[int], call_cost: float) -> list[int]:
@@ -319,7 +321,8 @@ def _forward(
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    dtype = matmul_dtype(value)  # autocast does not reach the varlen kernel, and rotary embeddings may be in float32
+    query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
     return flat_attention(query, key, value, layout, scale=scale, window=kwargs.get("sliding_window"))[None], None
 
 

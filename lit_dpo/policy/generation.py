@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.precision import float16_autocast
 
 
 class Prompt(NamedTuple):
@@ -86,7 +87,8 @@ def _answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling
     )
-    with torch.compiler.set_stance("force_eager"):  # compilation does not pay for one token at a time
+    # compilation does not pay for one token at a time
+    with torch.compiler.set_stance("force_eager"), float16_autocast(policy.model):
         outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     answers = []
     for tokens in outputs[:, width:].tolist():

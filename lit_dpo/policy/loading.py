@@ -10,7 +10,7 @@ from lit_dpo.base.names import BaseModelError, resolve_base
 from lit_dpo.files.console import library_bars
 from lit_dpo.policy.adapters import TRAINED_ADAPTER, add_adapters, disable_dropout
 from lit_dpo.policy.lora import fuse_adapters
-from lit_dpo.policy.precision import disable_repacking
+from lit_dpo.policy.precision import disable_repacking, keep_residuals_in_float32
 
 
 def load_policy(
@@ -63,6 +63,7 @@ def load_policy(
     model.config.use_cache = False
     disable_dropout(model)
     disable_repacking(model)
+    keep_residuals_in_float32(model)
     model.requires_grad_(False)
     peft_model = add_adapters(model, name, lora, adapter, moving)
     peft_model.peft_config[TRAINED_ADAPTER].base_model_name_or_path = name

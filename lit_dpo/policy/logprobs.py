@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lit_dpo.objectives import TokenStatistics
+from lit_dpo.policy.precision import matmul_dtype
 
 CHUNK = 256  # tokens per chunk; only one chunk's logits are in memory at a time
 
@@ -36,8 +37,7 @@ def token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, statistics: bo
         Log-probs in nats, float32 (float64 for float64 input), with the statistics if requested.
     """
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = matmul_dtype(hidden)
         bias = None if head.bias is None else head.bias.to(dtype)
         arguments = (hidden.to(dtype), head.weight.to(dtype), bias, targets, statistics)
         return _named(*_FrozenHeadLogps.apply(*arguments))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lit_dpo.policy.adapters import TRAINED_ADAPTER
-from lit_dpo.policy.precision import is_linear4bit
+from lit_dpo.policy.precision import is_linear4bit, matmul_dtype
 
 Product: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
@@ -72,8 +72,10 @@ def is_gated(module: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a LoRA layer: fused for plain LoRA with at most one active adapter, else PEFT's own."""
-    adapters, dtype = _adapters(layer), _matmul_dtype(x)
-    if args or kwargs or not _is_plain(layer, adapters, dtype):
+    adapters, dtype = _adapters(layer), matmul_dtype(x)
+    # For one token on a GPU, bitsandbytes multiplies by packed 4-bit weights instead of dequantizing all of them.
+    one_token = x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+    if args or kwargs or one_token or not _is_plain(layer, adapters, dtype):
         return original(x, *args, **kwargs)
     x = x.to(dtype)
     if not adapters:
@@ -87,7 +89,7 @@ def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Te
     """The forward of a gated feed-forward layer: fused if its down projection can be fused."""
     if not torch.is_grad_enabled() or not isinstance(layer.down_proj, LoraLayer):  # PEFT can unload adapters
         return original(x)
-    adapters, dtype = _adapters(layer.down_proj), _matmul_dtype(x)
+    adapters, dtype = _adapters(layer.down_proj), matmul_dtype(x)
     if not adapters or not _is_plain(layer.down_proj, adapters, dtype):
         return original(x)
     gate, up = layer.gate_proj(x).to(dtype), layer.up_proj(x).to(dtype)
@@ -115,12 +117,6 @@ def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
         if not idle or name in layer.lora_variant or layer.lora_B[name].bias is not None:
             return False
     return not layer.merged and len(adapters) <= 1
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The type of matrix products with x: autocast's type if autocast is on, else the type of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 Quantization: TypeAlias = BitsAndBytesConfig | Literal["nf4"] | None
@@ -73,6 +73,12 @@ def describe(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> str
     return str(quantization.bnb_4bit_quant_type) if quantization.load_in_4bit else "int8"
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The type of matrix products with x: autocast's type if autocast is on, else the type of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def is_linear4bit(module: nn.Module) -> bool:
     """Whether a module is bitsandbytes' 4-bit linear layer. Does not import bitsandbytes."""
     bitsandbytes: Any = sys.modules.get("bitsandbytes")
@@ -87,6 +93,27 @@ def disable_repacking(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def keep_residuals_in_float32(model: Any) -> None:
+    """Makes the hidden states between layers float32 under autocast to float16.
+
+    A base loaded in float16 would otherwise add up its residual stream in float16, where some models (Qwen2.5, Gemma)
+    exceed the largest number, 65504. Products remain in float16, so this costs only memory for the hidden states.
+    """
+
+    def widen(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        device = output.device.type
+        under_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+        return output.float() if under_float16 else output
+
+    model.get_input_embeddings().register_forward_hook(widen)
+
+
+def float16_autocast(model: Any) -> torch.autocast:
+    """Autocast for a base in float16, so that ``keep_residuals_in_float32`` works outside a training step too."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.autocast(model.device.type, torch.float16, enabled=dtype is torch.float16)
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
@@ -26,7 +27,7 @@ class NonFiniteLossError(ValueError):
 
 
 class FiniteSteps(Callback):
-    """Prevents optimizer steps whose loss or gradient is not finite, and logs ``train/grad_norm``.
+    """Prevents optimizer steps whose loss or gradient is not finite.
 
     ``DPOModule`` adds this callback itself. Under a GradScaler, a large scale can make a gradient overflow. The scaler
     then skips the step and halves its scale. Below 1 the scale cannot be the cause, and the step counts as not finite.
@@ -50,19 +51,19 @@ class FiniteSteps(Callback):
             rank_zero_warn(f"{self._skipped} steps were skipped because their loss or gradient was not finite.")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Checks all losses of the step, and its gradient before clipping.
+        """Reads the metrics of the step, and checks its losses and its gradient before clipping.
+
+        This is the only place in a step where the host waits for a GPU. All ranks read the same numbers: a loss that is
+        not finite on one rank makes the mean over all ranks not finite.
 
         Raises:
             NonFiniteLossError: If one is not finite and the run must stop.
         """
         step = pl_module.step
-        norm = _gradient_norm(pl_module.parameters())
-        pl_module.log("train/grad_norm", norm, batch_size=1)
-        losses = all(bool(record.losses.isfinite().all()) for record in step.batches)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        may_overflow = scaler is not None and scaler.get_scale() >= 1
-        finite = losses and (may_overflow or math.isfinite(norm))
-        step.finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+        means = pl_module.train_metrics.compute(grad_norm=_gradient_norm(pl_module.parameters()))
+        step.means = {name: value.item() for name, value in means.items()}
+        norm = step.means["grad_norm"]
+        step.finite = math.isfinite(step.means["loss"]) and (math.isfinite(norm) or _may_overflow(trainer))
         step.taken = math.isfinite(norm) and step.finite
         self._in_a_row = 0 if step.finite else self._in_a_row + 1
         if step.finite:
@@ -114,7 +115,13 @@ def _plain_pairs(step: Iterable[BatchRecord]) -> list[list[dict[str, Any]]]:
     return [[asdict(pair) for pair in record.batch.pairs()] for record in step]
 
 
-def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
-    """The Euclidean norm of all gradients together."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded gradients are DTensors
+def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, a scalar."""
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]  # a DTensor
+
+
+def _may_overflow(trainer: Trainer) -> bool:
+    """Whether a GradScaler's scale may be the reason why a gradient is not finite."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.get_scale() >= 1

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
-from lit_dpo.training.metrics import PreferenceMetrics
 from lit_dpo.training.throughput import Throughput
 
 IN_PROGRESS_BAR = ("loss", "rewards/accuracies")
@@ -32,30 +32,40 @@ class LoggedMeans(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs the metrics of an optimizer step when it is complete, on all ranks."""
-        if pl_module.step.is_complete(trainer):
-            _log(pl_module, "train", pl_module.train_metrics)
-            pl_module.log_dict(self._throughput.end_step(trainer, pl_module.step), batch_size=1)
-            pl_module.step.batches.clear()
+        step = pl_module.step
+        if step.is_complete(trainer):
+            _log(pl_module, "train", step.means | self._throughput.end_step(trainer, step))
+            pl_module.train_metrics.reset()
+            step.batches.clear()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the held-out metrics, including those of a complete sanity check, which Lightning would not log."""
-        values = _log(pl_module, "val", pl_module.eval_metrics)
+        values = _log_evaluation(pl_module, "val")
         if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the test metrics."""
-        _log(pl_module, "test", pl_module.eval_metrics)
+        _log_evaluation(pl_module, "test")
 
 
-def _log(module: Any, stage: str, metrics: PreferenceMetrics) -> dict[str, float]:
-    """Logs the means under ``stage/`` and resets the metrics. Collective: every rank must call it."""
-    values = {f"{stage}/{name}": value.item() for name, value in metrics.compute().items()}
-    metrics.reset()
+def _log_evaluation(module: Any, stage: str) -> dict[str, float]:
+    """Logs the metrics of an evaluation and resets them. Collective: every rank must call it."""
+    means = {name: value.item() for name, value in module.eval_metrics.compute().items()}
+    module.eval_metrics.reset()
+    return _log(module, stage, means)
+
+
+def _log(module: Any, stage: str, means: dict[str, float]) -> dict[str, float]:
+    """Logs numbers that all ranks have, under ``stage/``, and returns them under these names."""
+    values = {f"{stage}/{name}": value for name, value in means.items()}
     shown = {f"{stage}/{name}" for name in IN_PROGRESS_BAR}
-    # All ranks already have the same values. Lightning asks for sync_dist when it logs a value of an epoch.
+    # Lightning asks for sync_dist when it logs a value of an epoch.
     options = {"sync_dist": stage != "train", "batch_size": 1}
-    module.log_dict({key: value for key, value in values.items() if key in shown}, prog_bar=True, **options)
-    module.log_dict({key: value for key, value in values.items() if key not in shown}, **options)
+    logged: dict[str, Any] = dict(values)
+    if stage == "train":  # Lightning would move each plain number to the GPU and wait for it
+        logged = {key: torch.tensor(value) for key, value in values.items()}
+    module.log_dict({key: value for key, value in logged.items() if key in shown}, prog_bar=True, **options)
+    module.log_dict({key: value for key, value in logged.items() if key not in shown}, **options)
     return values

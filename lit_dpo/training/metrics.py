@@ -28,7 +28,8 @@ def token_kl(policy: Responses, reference: Responses) -> Tensor:
 class PreferenceMetrics(Metric):
     """Means over pairs, and quantiles of rewards.
 
-    Totals are summed in float64 and divided once, so batches and ranks of unequal size are weighted correctly.
+    The state is a table with one row per pair. Sums are taken in float64 over the rows of all ranks and divided once,
+    so batches and ranks of unequal size are weighted correctly. One table is gathered in one go.
 
     Metric names are those of TRL where TRL has the metric:
 
@@ -59,8 +60,8 @@ class PreferenceMetrics(Metric):
         "loss",
         "rewards/chosen",
         "rewards/rejected",
-        "rewards/accuracies",
         "rewards/margins",
+        "rewards/accuracies",
         "rewards/negative_margins",
         "logps/chosen",
         "logps/rejected",
@@ -69,24 +70,13 @@ class PreferenceMetrics(Metric):
         "lengths/chosen",
         "lengths/rejected",
     )
-    reference_names = ("displacement/chosen", "displacement/rejected")
-    token_names = ("kl", "entropy", "mean_token_accuracy")
-    quantiled = ("chosen", "rejected", "margins")
-    totals: Tensor
-    num_pairs: Tensor
-    reference_totals: Tensor
-    num_referred: Tensor
-    token_totals: Tensor
-    num_tokens: Tensor
-    rewards: Any
+    quantiled = names[1:4]
+    optional_names = ("displacement/chosen", "displacement/rejected", "kl", "entropy", "mean_token_accuracy")
+    rows: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        sizes = {"totals": len(self.names), "num_pairs": 1, "reference_totals": 2, "num_referred": 1}
-        sizes |= {"token_totals": len(self.token_names), "num_tokens": len(self.token_names)}
-        for name, size in sizes.items():
-            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("rewards", [], dist_reduce_fx="cat")
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, losses: Tensor, rewards: Rewards, policy: PairLogps, reference: PairLogps | None = None) -> None:
         """Adds P pairs.
@@ -99,61 +89,69 @@ class PreferenceMetrics(Metric):
         """
         margins = rewards.margins
         per_token = (policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths)
-        columns = [losses, rewards.chosen, rewards.rejected, rewards.accuracies, margins, margins < 0]
+        columns = [losses, rewards.chosen, rewards.rejected, margins, rewards.accuracies, margins < 0]
         columns += (policy.chosen, policy.rejected, *per_token, policy.chosen_lengths, policy.rejected_lengths)
-        self.totals += _sums(*columns)
-        self.num_pairs += losses.numel()
-        self.rewards.append(torch.stack([rewards.chosen, rewards.rejected, margins], 1).detach().float())
-        if reference is not None:
-            self.reference_totals += _sums(
-                (policy.chosen - reference.chosen) / policy.chosen_lengths,
-                (policy.rejected - reference.rejected) / policy.rejected_lengths,
-            )
-            self.num_referred += losses.numel()
-        if policy.responses is not None:
-            self._update_tokens(policy.responses, None if reference is None else reference.responses)
+        optional = _optional(policy, reference)
+        absent = torch.zeros_like(losses)
+        for part in (0, 1):  # first the sums of each pair, then the numbers of terms in them
+            columns += (optional[name][part] if name in optional else absent for name in self.optional_names)
+        self.rows.append(torch.stack([column.detach().double() for column in columns], 1))
 
-    def _update_tokens(self, policy: Responses, reference: Responses | None) -> None:
-        if reference is not None:
-            self._add_tokens(0, token_kl(policy, reference))
-        if policy.statistics is not None:
-            best = _best(policy).to(policy.token_logps.device)
-            self._add_tokens(1, policy.statistics.entropy)
-            self._add_tokens(2, policy.statistics.top1[best])
+    def compute(self, **extra: Tensor) -> dict[str, Tensor]:
+        """The mean of each quantity over all pairs of all ranks since the last reset, and the quantiles.
 
-    def _add_tokens(self, index: int, values: Tensor) -> None:
-        self.token_totals[index] += values.double().sum()
-        self.num_tokens[index] += values.numel()
+        Args:
+            extra: Single numbers that are returned as well.
 
-    def compute(self) -> dict[str, Tensor]:
-        """The mean of each quantity over all pairs of all ranks since the last reset, and the quantiles."""
-        means = dict(zip(self.names, self.totals / self.num_pairs, strict=True))
-        if self.num_referred > 0:
-            means |= zip(self.reference_names, self.reference_totals / self.num_referred, strict=True)
-        for name, total, number in zip(self.token_names, self.token_totals, self.num_tokens, strict=True):
-            if number > 0:
-                means[name] = total / number
-        rewards = torch.cat(self.rewards) if isinstance(self.rewards, list) else self.rewards
-        for column, name in enumerate(self.quantiled):
-            found = _quantiles(rewards[:, column])
-            means |= {f"rewards/{name}_q{100 * q:.0f}": value for q, value in zip(QUANTILES, found, strict=True)}
-        return means
+        Returns:
+            Scalars on the CPU. All are moved there at once, because each transfer from a GPU waits for it.
+        """
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        sums, many = rows.sum(0), len(self.optional_names)
+        means = dict(zip(self.names, sums / len(rows), strict=False))
+        means |= zip(self.optional_names, sums[-2 * many : -many] / sums[-many:], strict=True)
+        columns = [self.names.index(name) for name in self.quantiled]
+        for q, values in zip(QUANTILES, _quantiles(rows[:, columns[0] : columns[-1] + 1]), strict=True):
+            means |= {f"{name}_q{100 * q:.0f}": value for name, value in zip(self.quantiled, values, strict=True)}
+        means |= {name: value.detach().double() for name, value in extra.items()}
+        numbers = torch.cat([torch.stack(list(means.values())), sums[-many:]]).cpu()
+        absent = {name for name, count in zip(self.optional_names, numbers[-many:].tolist(), strict=True) if not count}
+        return {name: value for name, value in zip(means, numbers, strict=False) if name not in absent}
 
 
-def _sums(*columns: Tensor) -> Tensor:
-    """The sum of each column of P numbers, in float64."""
-    return torch.stack([column.detach().double().sum() for column in columns])
+def _optional(policy: PairLogps, reference: PairLogps | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantities that need a reference or token statistics: each pair's sum and number of terms, (P,) each."""
+    found = {}
+    if reference is not None:
+        one = torch.ones_like(policy.chosen)
+        found["displacement/chosen"] = (policy.chosen - reference.chosen) / policy.chosen_lengths, one
+        found["displacement/rejected"] = (policy.rejected - reference.rejected) / policy.rejected_lengths, one
+    responses = policy.responses
+    if responses is None:
+        return found
+    if reference is not None and reference.responses is not None:
+        found["kl"] = _over_pairs(token_kl(responses, reference.responses), responses)
+    if responses.statistics is not None:
+        found["entropy"] = _over_pairs(responses.statistics.entropy, responses)
+        most_likely, _ = responses.best_and_worst(responses.sum(responses.statistics.top1.double()))
+        found["mean_token_accuracy"] = most_likely, policy.chosen_lengths
+    return found
 
 
-def _best(responses: Responses) -> Tensor:
-    """True for each token of the best response of its pair, (R,)."""
-    is_best = [rank == 0 for count in responses.counts for rank in range(count)]
-    return torch.tensor(is_best).repeat_interleave(torch.tensor(responses.lengths))
+def _over_pairs(values: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
+    """The sum of one value per response token, (R,), over the tokens of each pair, and their number, (P,) each."""
+    lengths = iter(responses.lengths)
+    sizes = [sum(next(lengths) for _ in range(count)) for count in responses.counts]
+    parts = values.double().split(sizes)
+    return torch.stack([part.sum() for part in parts]), torch.stack([part.new_full((), len(part)) for part in parts])
 
 
-def _quantiles(values: Tensor) -> Tensor:
-    """Linearly interpolated quantiles. ``torch.quantile`` accepts at most 16 million numbers."""
-    ordered = values.double().sort().values
-    places = torch.tensor(QUANTILES, dtype=torch.float64, device=values.device) * (len(values) - 1)
-    low = ordered[places.floor().long()]
-    return low + (places - places.floor()) * (ordered[places.ceil().long()] - low)
+def _quantiles(values: Tensor) -> list[Tensor]:
+    """Linearly interpolated ``QUANTILES`` of each column of (N, K). ``torch.quantile`` takes at most 16 M numbers."""
+    ordered = values.sort(0).values
+    found = []
+    for q in QUANTILES:
+        low, share = divmod(q * (len(values) - 1), 1)
+        high = min(int(low) + 1, len(values) - 1)
+        found.append(ordered[int(low)] + share * (ordered[high] - ordered[int(low)]))
+    return found

@@ -20,7 +20,6 @@ class PairNumbers(NamedTuple):
     loss: float
     displacement: float  # chosen log-prob minus the reference's, nats per token; NaN without a reference
     kl: float  # KL divergence from the reference, mean over response tokens, nats; NaN without a reference
-    num_tokens: int  # response tokens
 
 
 class BatchRecord(NamedTuple):
@@ -39,7 +38,7 @@ class BatchRecord(NamedTuple):
         if self.reference is not None and self.reference.responses is not None and responses is not None:
             displacement = (self.policy.chosen - self.reference.chosen) / self.policy.chosen_lengths
             kl = torch.stack([p.mean() for p in token_kl(responses, self.reference.responses).split(num_tokens)])
-        numbers = zip(self.losses.tolist(), displacement.tolist(), kl.tolist(), num_tokens, strict=True)
+        numbers = zip(self.losses.tolist(), displacement.tolist(), kl.tolist(), strict=True)
         return [PairNumbers(*origin, *row) for origin, row in zip(self.batch.origins, numbers, strict=True)]
 
 
@@ -48,6 +47,7 @@ class OptimizerStep:
 
     Attributes:
         batches: The batches of the step so far.
+        means: Metrics of the last step over all ranks, and ``grad_norm``, the norm of its gradient before clipping.
         taken: Whether the optimizer changed the weights at the last step.
         finite: Whether loss and gradient of the last step were finite. A GradScaler also skips steps whose gradient
             overflows. Such a step is not taken, but it counts as finite.
@@ -55,6 +55,7 @@ class OptimizerStep:
 
     def __init__(self) -> None:
         self.batches: list[BatchRecord] = []
+        self.means: dict[str, float] = {}
         self.taken = self.finite = True
         self._steps_before = 0
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from lit_dpo.training.step import OptimizerStep
 
-NAMES = ("train/pairs_per_second", "train/tokens_per_second", "train/peak_memory_gb")
+NAMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
 
 
 class Throughput:

@@ -55,7 +55,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     header, *lines = (folder / "metrics.csv").read_text().splitlines()
     names = header.split(",")
     rows = [dict(zip(names, line.split(","), strict=True)) for line in lines]
-    return [{n: float(v) for n, v in row.items() if v and n not in NAMES} for row in rows]
+    return [{n: float(v) for n, v in row.items() if v and n.removeprefix("train/") not in NAMES} for row in rows]
 
 
 def logged(folder: Path) -> dict[str, torch.Tensor]:
