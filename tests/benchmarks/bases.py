@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from lit_dpo.base.tokenizer import load_tokenizer
 
@@ -48,11 +55,32 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
         vocab_size=32000,
         sliding_window=4096,
     ),
+    "gemma-3-1b": Gemma3TextConfig(
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262144,
+        sliding_window=512,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+    "tiny": Qwen2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
 }
 
 
-def random_base(architecture: str, folder: Path) -> str:
-    """Writes an architecture with random weights in bfloat16 and the embedded model's tokenizer; returns its folder."""
+def random_base(architecture: str, folder: Path, tokenizer: str = EMBEDDED) -> str:
+    """Writes an architecture with random weights in bfloat16 and another model's tokenizer; returns its folder."""
     config, target = ARCHITECTURES[architecture], folder / architecture
     if target.exists():
         return str(target)
@@ -62,9 +90,11 @@ def random_base(architecture: str, folder: Path) -> str:
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(target)
-    load_tokenizer(EMBEDDED).save_pretrained(target)
+    load_tokenizer(tokenizer).save_pretrained(target)
     files: dict[str, list[str]] = defaultdict(list)  # a file a layer
     for name, _ in model.named_parameters():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest"
         files[f"model-{part}.safetensors"].append(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +104,9 @@ def random_base(architecture: str, folder: Path) -> str:
         for name in names:
             shape = model.get_parameter(name).shape
             noise = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
-            tensors[name] = (torch.ones_like(noise) if "norm" in name else noise).cpu()
+            # Gemma multiplies by one plus the weight of a norm.
+            norm = torch.zeros_like(noise) if "gemma" in architecture else torch.ones_like(noise)
+            tensors[name] = (norm if "norm" in name else noise).cpu()
         save_file(tensors, target / file, metadata={"format": "pt"})
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {}, "weight_map": weight_map}

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from lightning.pytorch import Callback, Trainer, seed_everything
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -110,12 +111,7 @@ class Meter:
 
 
 def run_lit_dpo(task: Task) -> dict[str, Any]:
-    """Lightning's Trainer and our two parts, from an empty reference cache, with the layers compiled."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
-
-    from lit_dpo.datamodule import PreferenceDataModule
-    from lit_dpo.module import DPOModule
-
+    """Lightning's Trainer and our two parts, from an empty reference cache, with the layers compiled on a CPU."""
     meter = Meter(task)
     rows = task.rows()
 
@@ -135,6 +131,24 @@ def run_lit_dpo(task: Task) -> dict[str, Any]:
 
         def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
             meter.step(outputs["loss"].item())
+
+    timer = Timer()
+    fit_lit_dpo(task, rows, [timer])
+    pairs, _ = task.tokenized(rows)
+    timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]
+    tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in timed)
+    report = meter.report(tokens, shape(task).flops(timed, task.gradient_checkpointing))
+    # The pass went over the warm-up pairs as well: a share of its time by tokens.
+    share = tokens / sum(pairs.num_tokens(range(len(pairs))))
+    reference_seconds = timer.reference_seconds * share
+    cold = task.pairs / (report["seconds"] + reference_seconds)
+    return {**report, "reference_seconds": reference_seconds, "pairs_per_second_cold": cold}
+
+
+def fit_lit_dpo(task: Task, rows: list[dict[str, Any]], callbacks: list[Callback]) -> None:
+    """One epoch over the rows, in order."""
+    from lit_dpo.datamodule import PreferenceDataModule
+    from lit_dpo.module import DPOModule
 
     data = PreferenceDataModule(
         Dataset.from_list(rows),
@@ -158,7 +172,7 @@ def run_lit_dpo(task: Task) -> dict[str, Any]:
         precision=task.precision,
         max_epochs=1,
         limit_val_batches=0,
-        callbacks=[timer := Timer()],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -166,15 +180,6 @@ def run_lit_dpo(task: Task) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as cache, patch("lit_dpo.reference.cache.cache_dir", lambda: Path(cache)):
         trainer.fit(module, data)
-    pairs, _ = task.tokenized(rows)
-    timed = [pairs.pair(index) for index in range(task.warmup, len(pairs))]
-    tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in timed)
-    report = meter.report(tokens, shape(task).flops(timed, task.gradient_checkpointing))
-    # The pass went over the warm-up pairs as well: a share of its time by tokens.
-    share = tokens / sum(pairs.num_tokens(range(len(pairs))))
-    reference_seconds = timer.reference_seconds * share
-    cold = task.pairs / (report["seconds"] + reference_seconds)
-    return {**report, "reference_seconds": reference_seconds, "pairs_per_second_cold": cold}
 
 
 def run_trl(task: Task, best: bool) -> dict[str, Any]:
