@@ -80,7 +80,7 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
     x = x.to(dtype)
     if not adapters:
         return _FrozenLinear.apply(x, *_base(layer, x.dtype))  # type: ignore[no-any-return, no-untyped-call]
-    parameters = *_base(layer, x.dtype), *_update(layer, adapters[0], x.dtype)
+    parameters = *_base(layer, x.dtype), *_update(layer, adapters[0])
     return _LoraLinear.apply(x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -93,7 +93,7 @@ def _gated_forward(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Te
     if not adapters or not _is_plain(layer.down_proj, adapters, dtype):
         return original(x)
     gate, up = layer.gate_proj(x).to(dtype), layer.up_proj(x).to(dtype)
-    parameters = *_base(layer.down_proj, dtype), *_update(layer.down_proj, adapters[0], dtype)
+    parameters = *_base(layer.down_proj, dtype), *_update(layer.down_proj, adapters[0])
     product = partial(layer.gated_product, layer.act_fn)
     return _GatedLoraLinear.apply(gate, up, product, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -125,9 +125,9 @@ def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return base.weight, None if base.bias is None else base.bias.to(dtype)
 
 
-def _update(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def _update(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """A (r, in), B (out, r) and the scale of an adapter."""
-    return layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype), layer.scaling[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,12 +140,15 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """xWᵀ + bias + s·(xAᵀ)Bᵀ, (…, out), and xAᵀ, (T, r)."""
+def _apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """xWᵀ + bias + s·(xAᵀ)Bᵀ, (…, out). Also xAᵀ, (T, r), and A and B in the type of x, for the backward pass."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
     output = linear(x, _dense(weight, x.dtype), bias)
     low = x.reshape(-1, x.shape[-1]) @ a.t()
     output.view(-1, output.shape[-1]).addmm_(low, b.t(), alpha=scale)
-    return output, low
+    return output, (low, a, b)
 
 
 def _gradients(
@@ -179,9 +182,9 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        output, low = _apply(x, weight, bias, a, b, scale)
-        ctx.save_for_backward(x, low, a, b)
-        ctx.weight, ctx.scale = weight, scale
+        output, kept = _apply(x, weight, bias, a, b, scale)
+        ctx.save_for_backward(x, *kept)
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, a.dtype
         return output
 
     @staticmethod
@@ -189,7 +192,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
         x, low, a, b = ctx.saved_tensors
         in_x, in_a, in_b = _gradients(outputs[0], x, low, ctx.weight, a, b, ctx.scale)
-        return in_x, None, None, in_a, in_b, None
+        return in_x, None, None, in_a.to(ctx.dtype), in_b.to(ctx.dtype), None
 
 
 class _GatedLoraLinear(torch.autograd.Function):
@@ -207,9 +210,9 @@ class _GatedLoraLinear(torch.autograd.Function):
         b: Tensor,
         scale: float,
     ) -> Tensor:
-        output, low = _apply(product(gate, up), weight, bias, a, b, scale)
-        ctx.save_for_backward(gate, up, low, a, b)
-        ctx.product, ctx.weight, ctx.scale = product, weight, scale
+        output, kept = _apply(product(gate, up), weight, bias, a, b, scale)
+        ctx.save_for_backward(gate, up, *kept)
+        ctx.product, ctx.weight, ctx.scale, ctx.dtype = product, weight, scale, a.dtype
         return output
 
     @staticmethod
@@ -221,4 +224,4 @@ class _GatedLoraLinear(torch.autograd.Function):
             x = ctx.product(gate, up)
         in_x, in_a, in_b = _gradients(outputs[0], x.detach(), low, ctx.weight, a, b, ctx.scale)
         in_gate, in_up = torch.autograd.grad(x, (gate, up), in_x)
-        return in_gate, in_up, None, None, None, in_a, in_b, None
+        return in_gate, in_up, None, None, None, in_a.to(ctx.dtype), in_b.to(ctx.dtype), None

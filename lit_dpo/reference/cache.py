@@ -82,8 +82,9 @@ class CachedReference(Reference):
         """Log-probs of P pairs, without gradients."""
         found = [self._find(key) for key in batch.keys]
         known = [logps for logps in found if logps is not None]
-        tokens = torch.cat(known).to(batch.input_ids.device) if len(known) == len(found) else self._compute(batch)
-        return batch.sum_responses(tokens)
+        if len(known) < len(found):
+            return batch.sum_responses(self._compute(batch))
+        return batch.sum_responses(torch.cat(known).to(batch.input_ids.device, non_blocking=True))
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Positions in ``keys`` of the pairs whose log-probs are not known."""

@@ -60,7 +60,7 @@ class FiniteSteps(Callback):
             NonFiniteLossError: If one is not finite and the run must stop.
         """
         step = pl_module.step
-        means = pl_module.train_metrics.compute(grad_norm=_gradient_norm(pl_module.parameters()))
+        means = pl_module.train_metrics.compute(grad_norm=_gradient_norm(optimizer))
         step.means = {name: value.item() for name, value in means.items()}
         norm = step.means["grad_norm"]
         step.finite = math.isfinite(step.means["loss"]) and (math.isfinite(norm) or _may_overflow(trainer))
@@ -115,8 +115,9 @@ def _plain_pairs(step: Iterable[BatchRecord]) -> list[list[dict[str, Any]]]:
     return [[asdict(pair) for pair in record.batch.pairs()] for record in step]
 
 
-def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The Euclidean norm of all gradients together, a scalar."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]  # a DTensor
 

@@ -36,6 +36,7 @@ class Task:
         data: JSONL file of preference pairs.
         pairs: Pairs that are timed.
         warmup: Pairs before them that are not.
+        repeat: Whether the warm-up is on the very pairs that are timed, so that kernels compiled for a shape are ready.
         batch_size: Pairs in a batch.
         max_length: Most tokens of prompt and response.
         precision: Lightning's name of it.
@@ -50,6 +51,7 @@ class Task:
     max_length: int
     precision: str
     gradient_checkpointing: bool
+    repeat: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +63,10 @@ class Task:
         rows = read_rows(Path(self.data), 10**9)
         pairs, _ = self.tokenized(rows)
         kept = [rows[pairs.pair(index).row] for index in range(len(pairs))]
-        needed = self.warmup + self.pairs
+        needed = self.pairs if self.repeat else self.warmup + self.pairs
         if len(kept) < needed:
             raise SystemExit(f"{self.data} holds {len(kept)} usable pairs of the {needed} wanted.")
-        return kept[:needed]
+        return kept[:needed] * (2 if self.repeat else 1)
 
     def tokenized(self, rows: list[dict[str, Any]]) -> tuple[PairDataset, list[str]]:
         """The rows as tokenized pairs."""

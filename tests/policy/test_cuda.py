@@ -77,7 +77,8 @@ def test_attention_equals_the_dense_mask(
     dense = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.3).transpose(0, 1)
     expected = torch.autograd.grad(dense, wide, upstream.double())
     assert_same(flat, dense, rounding(2, dtype))
-    assert_same(found, expected, rounding(8, dtype))
+    # Together: under a window of one key, queries and keys have no gradient.
+    assert_same(*(torch.cat([part.flatten() for part in parts]) for parts in (found, expected)), rounding(8, dtype))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

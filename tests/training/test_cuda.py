@@ -83,7 +83,7 @@ def test_the_host_waits_once_a_step(
     _, record = fit(tiny_base, source, precision, root=tmp_path, max_epochs=1, enable_checkpointing=False)
     counts = [len(waits) for waits in record.waits]
     with capsys.disabled():
-        print(f"told: {precision} waits a step {counts} {record.waits[-1]}")
+        print(f"\ntold: {precision} waits a step {counts} {record.waits[-1]}")
     assert max(counts[2:]) <= most
 
 
@@ -111,6 +111,6 @@ def test_the_cached_reference_equals_the_live_one(
         _, record = fit(tiny_base, source, "bf16-mixed", root=tmp_path, **options)
         first[reference] = record.losses
     with capsys.disabled():
-        print(f"told: first loss {first['cached'][0]} cached, {first['live'][0]} live")
+        print(f"\ntold: first loss {first['cached'][0]} cached, {first['live'][0]} live")
     assert first["live"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert first["cached"][0] == pytest.approx(math.log(2), abs=0.02)
