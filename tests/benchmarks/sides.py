@@ -36,6 +36,7 @@ class Task:
         data: JSONL file of preference pairs.
         pairs: Pairs that are timed.
         warmup: Pairs before them that are not.
+        compile: Whether our side compiles its layers.
         repeat: Whether the warm-up is on the very pairs that are timed, so that kernels compiled for a shape are ready.
         batch_size: Pairs in a batch.
         max_length: Most tokens of prompt and response.
@@ -51,6 +52,7 @@ class Task:
     max_length: int
     precision: str
     gradient_checkpointing: bool
+    compile: bool = False
     repeat: bool = False
 
     @property
@@ -113,7 +115,7 @@ class Meter:
 
 
 def run_lit_dpo(task: Task) -> dict[str, Any]:
-    """Lightning's Trainer and our two parts, from an empty reference cache, with the layers compiled on a CPU."""
+    """Lightning's Trainer and our two parts, from an empty reference cache."""
     meter = Meter(task)
     rows = task.rows()
 
@@ -165,7 +167,7 @@ def fit_lit_dpo(task: Task, rows: list[dict[str, Any]], callbacks: list[Callback
         lr_scheduler="constant",
         warmup=0.0,
         gradient_checkpointing=task.gradient_checkpointing,
-        compile=task.device.type == "cpu",
+        compile=task.compile,
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
     )
     trainer = Trainer(

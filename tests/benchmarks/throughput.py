@@ -14,6 +14,8 @@ from collections import defaultdict
 from statistics import median
 from typing import Any
 
+import torch
+
 from lit_dpo.files.cache import cache_dir
 from tests.benchmarks.bases import ARCHITECTURES, EMBEDDED, random_base
 from tests.benchmarks.sides import Task, run_lit_dpo, run_probe, run_trl
@@ -56,6 +58,7 @@ def main() -> None:
         max_length=arguments.max_length,
         precision=arguments.precision,
         gradient_checkpointing=arguments.gradient_checkpointing,
+        compile=not torch.cuda.is_available(),
     )
     if arguments.side:
         result = SIDES[arguments.side](task)

@@ -8,7 +8,9 @@ import torch
 
 from lit_dpo.policy import precision
 from lit_dpo.policy.precision import dtype_for, quantization_for
+from tests.closeness import LAYER, assert_same, rounding
 from tests.conftest import REPOSITORY
+from tests.tiny import random_batch, tiny_policy
 
 WITHOUT = """
 import sys
@@ -50,3 +52,15 @@ def test_half_precisions_are_refused() -> None:
     assert dtype_for("32-true") == torch.float32
     with pytest.raises(ValueError, match=r"trainer\.precision=16-true is not supported"):
         dtype_for("16-true")
+
+
+def test_hidden_states_between_layers_are_float32_under_float16(tiny_base: str) -> None:
+    policy = tiny_policy(tiny_base, dtype=torch.float16)
+    hidden: list[torch.dtype] = []
+    for layer in policy.model.get_base_model().model.layers:  # type: ignore[union-attr]
+        layer.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0].dtype))
+    batch = random_batch([(5, 7, 3)])
+    with torch.autocast("cpu", torch.float16):
+        half = policy.logps(batch).chosen
+    assert hidden == [torch.float32, torch.float32]
+    assert_same(half, tiny_policy(tiny_base).logps(batch).chosen, rounding(2 * LAYER, torch.float16))
