@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.formats import MultiTurn, Reader
+from lit_dpo.data.loading import PairLoading, template_text
+from lit_dpo.data.preparation import OnBadRow, PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
-from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
+from lit_dpo.data.sources import Rows
 from lit_dpo.data.tokenization import Overlong, Truncation
-from lit_dpo.files.console import library_bars
 
 
 class PreferenceDataModule(LightningDataModule):
     """Preference pairs for training and for evaluation, tokenized once and cached.
 
-    Rows may hold message lists that repeat the prompt (UltraFeedback binarized), plain strings, a conversational
-    ``prompt``, ``chosen`` and ``rejected``, or a ranked list of responses (the original UltraFeedback). Pairs that are
-    empty, identical or too long are left out and reported.
+    Rows may have any format of ``lit_dpo.data.formats``. Pairs that are empty, identical or too long are left out and
+    reported, and so are columns that are not read.
 
     Args:
         source: Training data: a hub id; a JSONL, JSON, Parquet or CSV file; a folder of such files;
@@ -34,6 +34,19 @@ class PreferenceDataModule(LightningDataModule):
             ``test``.
         val_size: Number of pairs to hold out from the training split, or their share if below 1. ``seed`` determines
             which. Pairs with the same prompt stay together. Excludes ``val_source`` and ``val_split``.
+        columns: Names of columns, from the name that a format knows to the name in the data:
+            ``{prompt: question_text, chosen: winner, rejected: loser}``.
+        ignore: Columns to leave out although they could change what is trained, such as ``image`` or ``weight``.
+        system: System message of every prompt, instead of one in the data. An empty text removes it; null leaves it.
+        multi_turn: What to do with responses of several messages: ``drop`` leaves the row out, ``answers`` trains on
+            the assistant's messages in them.
+        chat_template: Chat template, as text or as the name of its file; by default that of the tokenizer.
+        chat_template_kwargs: Arguments to the chat template. A row's own ``chat_template_kwargs`` win over them.
+        pretemplated: Whether prompts and responses are rendered texts already, to be taken as they are.
+        keep_thinking: Whether to put back the thinking that a template removes from an answer.
+        date: The date that a template writes, as ``2026-01-31``; by default today.
+        on_bad_row: What to do with a row that cannot be read or that the template rejects: ``stop``, or ``drop`` it and
+            count it.
         max_length: Maximum number of tokens of the prompt and one response together; ``null`` sets no limit.
         max_prompt_length: Maximum number of tokens of a prompt. A longer prompt keeps its end.
         max_response_length: Maximum number of tokens of a response. A longer response keeps its beginning.
@@ -59,6 +72,16 @@ class PreferenceDataModule(LightningDataModule):
         val_source: str | Rows | None = None,
         val_split: str | None = None,
         val_size: float | None = None,
+        columns: dict[str, str] | None = None,
+        ignore: list[str] | None = None,
+        system: str | None = None,
+        multi_turn: MultiTurn = "drop",
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        pretemplated: bool = False,
+        keep_thinking: bool = False,
+        date: str | None = None,
+        on_bad_row: OnBadRow = "stop",
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
@@ -73,29 +96,28 @@ class PreferenceDataModule(LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        if val_size is not None and (val_source is not None or val_split is not None):
-            raise ValueError("data.val_size takes pairs from the training split: it excludes val_source and val_split.")
-        if val_size is not None and val_size <= 0:
-            raise ValueError(f"data.val_size must be positive, not {val_size}.")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError("data.batch_size and data.eval_batch_size must be at least 1.")
-        if max_responses < 2:
-            raise ValueError(f"data.max_responses must be at least 2, not {max_responses}.")
-        self.truncation = Truncation(max_length, max_prompt_length, max_response_length, overlong)
-        self.source, self.split = source, split
-        self.val_source, self.val_split, self.val_size = val_source, val_split, val_size
-        self.max_responses = max_responses
+        self.loading = PairLoading(
+            *(source, split, val_source, val_split, val_size, seed),
+            Truncation(max_length, max_prompt_length, max_response_length, overlong),
+            Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn),
+            *(on_bad_row, num_proc),
+            {"kwargs": chat_template_kwargs or {}, "pretemplated": pretemplated}
+            | {"keep_thinking": keep_thinking, "date": date},
+        )
+        chat_template = None if chat_template is None else template_text(chat_template)
+        self.chat_template = chat_template
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.num_proc = num_workers, num_proc
-        self.shuffle, self.seed = shuffle, seed
+        self.num_workers, self.shuffle, self.seed = num_workers, shuffle, seed
         self.tokenizer = tokenizer
         self.train_pairs: PairDataset | None = None
         self.val_pairs: PairDataset | None = None
         self._resume_at = (-1, 0)
         self._stored_order: dict[str, int | bool] | None = None
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
-        names = ("source", "val_source", "tokenizer")
-        self.save_hyperparameters(ignore=[n for n in names if not isinstance(getattr(self, n), str | None)])
+        objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
+        self.save_hyperparameters(ignore=[n for n, value in objects.items() if not isinstance(value, str | None)])
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes on one process per node. The other processes then read from the cache."""
@@ -167,56 +189,26 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def _load(self, trains: bool) -> list[str]:
-        """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per reason."""
-        tokenizer = self._tokenizer()
-        report: list[str] = []
-        if trains or self.val_size is not None:
-            rows, place = self._rows(self.source, self.split, TRAIN_SPLITS)
-            self.train_pairs, report = self._prepare(rows, place, tokenizer)
-        if self.val_size is not None:
-            assert self.train_pairs is not None
-            self.train_pairs, self.val_pairs = self.train_pairs.split_off(self.val_size, self.seed)
-            return report
-        # A separate val_source may be a single file, with only the split "train": then all of it is held out.
-        names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
-        try:
-            rows, place = self._rows(self.val_source or self.source, self.val_split, names)
-        except SplitNotFoundError as error:
-            if self._skips_evaluation():
-                return [*report, f"No held-out pairs: {error} None are needed, because trainer.limit_val_batches=0."]
-            raise ValueError(
-                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
-                "them, set trainer.limit_val_batches=0."
-            ) from error
-        self.val_pairs, more = self._prepare(rows, place, tokenizer)
-        return report + more
-
-    def _skips_evaluation(self) -> bool:
-        """Whether this is a fit without evaluation."""
+        """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per fact."""
         trainer = self.trainer
-        return trainer is not None and trainer.state.fn == "fit" and trainer.limit_val_batches == 0
-
-    def _prepare(self, rows: Rows, place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, list[str]]:
-        options = (tokenizer, self.truncation, self.num_proc, self.max_responses)
-        return prepare_pairs(rows, place, *options, progress_bar=self._shows_progress())
-
-    def _rows(self, source: str | Rows, split: str | None, defaults: tuple[str, ...]) -> tuple[Rows, str]:
-        with library_bars(self._shows_progress(), "datasets"):
-            return load_rows(source, split, defaults)
-
-    def _shows_progress(self) -> bool:
-        return self.trainer is None or self.trainer.progress_bar_callback is not None
+        evaluates = trainer is None or trainer.state.fn != "fit" or trainer.limit_val_batches != 0
+        shows_progress = trainer is None or trainer.progress_bar_callback is not None
+        loaded = self.loading.load(self._tokenizer(), trains=trains, evaluates=evaluates, progress_bar=shows_progress)
+        self.train_pairs, self.val_pairs = loaded.train or self.train_pairs, loaded.val or self.val_pairs
+        return loaded.report
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with ``chat_template``. The module uses the same object for its samples and its adapter."""
         if isinstance(self.tokenizer, str):
             self.tokenizer = load_tokenizer(self.tokenizer)
-        if self.tokenizer is not None:
-            return self.tokenizer
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if module is None or not hasattr(module, "tokenizer"):
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
             raise ValueError("Set data.tokenizer to the base model's name: there is no DPOModule to take it from.")
-        tokenizer: PreTrainedTokenizerBase = module.tokenizer
-        return tokenizer
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer  # type: ignore[no-any-return]
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer

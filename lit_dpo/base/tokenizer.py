@@ -11,7 +11,6 @@ def load_tokenizer(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    chat: bool = True,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a padding token.
 
@@ -20,11 +19,9 @@ def load_tokenizer(
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run tokenizer code that comes with the repository.
-        chat: Whether a chat template is required.
 
     Raises:
         BaseModelError: If the tokenizer cannot be loaded.
-        ValueError: If ``chat`` is true and there is no chat template.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -34,11 +31,20 @@ def load_tokenizer(
         raise
     except OSError as error:
         raise BaseModelError(base, error) from error
-    if chat and not tokenizer.chat_template:
-        raise ValueError(
-            f"The tokenizer of {base} has no chat template, so prompts and responses cannot be told apart. "
-            "Use an instruction-tuned model, or save the tokenizer with a chat_template of your own."
-        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that there is a chat template.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so prompts and responses cannot be told "
+            "apart. Use an instruction-tuned model, set data.chat_template to a template or its file, or set "
+            "data.pretemplated=true if the texts are rendered already."
+        )

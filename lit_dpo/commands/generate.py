@@ -83,7 +83,10 @@ def generate(
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts is not None:
         texts += _read_prompts(Path(prompts))
-    questions = [user_prompt(text, module.tokenizer) for text in texts]
+    if data.get("chat_template"):
+        module.tokenizer.chat_template = data["chat_template"]
+    options = {"system": data.get("system"), "template_kwargs": data.get("chat_template_kwargs")}
+    questions = [user_prompt(text, module.tokenizer, **options) for text in texts]
     if held_out:
         pairs = _held_out_pairs(data, source, module)
         questions += [Prompt(*pairs.prompt(index)) for index in range(min(held_out, len(pairs)))]

@@ -9,6 +9,7 @@ the same distance from the prompt as in a row of its own::
     predicts         ╰──► c0 and r0       (the prompt's last token predicts the first token of both)
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,12 @@ class Segment(NamedTuple):
 
     prompt: int
     responses: tuple[int, ...]  # from best to worst; two for a pair
+    runs: tuple[tuple[int, ...], ...] = ()  # of each response, tokens that are trained and that are not, in turns
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Number of trained tokens of each response."""
+        return tuple(sum(run[::2]) for run in self.runs) if self.runs else self.responses
 
     @property
     def num_tokens(self) -> int:
@@ -38,20 +45,20 @@ class PaddedRows(NamedTuple):
 
     input_ids: Tensor  # (S, N)
     attention_mask: Tensor  # (S, N) 1 on tokens, 0 on padding
-    response_mask: Tensor  # (S, N) True on response tokens
+    response_mask: Tensor  # (S, N) True on trained tokens
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs with S responses as one row of T tokens. R of these tokens belong to responses.
+    """P pairs with S responses as one row of T tokens. R of these are the trained tokens of responses.
 
     Attributes:
         input_ids: Token ids, (T,).
         position_ids: Position of each token in its own conversation, (T,).
-        predictors: For each response token, the index in the row of the token that predicts it, (R,). Pairs are in
+        predictors: For each trained token, the index in the row of the token that predicts it, (R,). Pairs are in
             order; within a pair, responses go from best to worst.
-        targets: Id of each response token, (R,), in the same order.
-        lengths: Number of tokens of each response, (S,), in the same order.
+        targets: Id of each trained token, (R,), in the same order.
+        lengths: Number of trained tokens of each response, (S,), in the same order.
         scores: Score of each response in the data, (S,); NaN where the data has none.
         segments: Lengths of the parts of each pair, P entries.
         origins: Source and row number of each pair, P entries.
@@ -80,20 +87,23 @@ class PairBatch:
             last_prompt = len(ids) + num_prompt - 1
             ids += pair.prompt
             positions += range(num_prompt)
-            for response in pair.responses:
+            for number, response in enumerate(pair.responses):
                 start = len(ids)
-                predictors += [last_prompt, *range(start, start + len(response) - 1)]
-                targets += response
+                before = [last_prompt, *range(start, start + len(response) - 1)]
+                trained = _trained(pair.runs[number]) if pair.runs else None
+                predictors += before if trained is None else itertools.compress(before, trained)
+                targets += response if trained is None else itertools.compress(response, trained)
                 ids += response
                 positions += range(num_prompt, num_prompt + len(response))
+        segments = tuple(Segment(len(pair.prompt), tuple(map(len, pair.responses)), pair.runs) for pair in pairs)
         return cls(
             input_ids=torch.tensor(ids),
             position_ids=torch.tensor(positions),
             predictors=torch.tensor(predictors),
             targets=torch.tensor(targets),
-            lengths=torch.tensor([len(response) for pair in pairs for response in pair.responses]),
+            lengths=torch.tensor([length for segment in segments for length in segment.trained]),
             scores=torch.tensor([score for pair in pairs for score in pair.scores or [math.nan] * len(pair.responses)]),
-            segments=tuple(Segment(len(pair.prompt), tuple(map(len, pair.responses))) for pair in pairs),
+            segments=segments,
             origins=tuple((pair.source, pair.row) for pair in pairs),
             keys=tuple(pair.key for pair in pairs),
         )
@@ -104,8 +114,8 @@ class PairBatch:
 
     @property
     def response_lengths(self) -> tuple[int, ...]:
-        """Number of tokens of each response, S entries, in the order of ``targets``."""
-        return tuple(length for segment in self.segments for length in segment.responses)
+        """Number of trained tokens of each response, S entries, in the order of ``targets``."""
+        return tuple(length for segment in self.segments for length in segment.trained)
 
     def pairs(self) -> list[TokenizedPair]:
         """Rebuilds the pairs from the flat row."""
@@ -115,12 +125,12 @@ class PairBatch:
             prompt, chosen, *between, rejected = (part.tolist() for part in parts)
             scores = self.scores[response : response + len(segment.responses)]
             known = () if scores.isnan().any() else tuple(scores.tolist())
-            found.append(TokenizedPair(prompt, chosen, rejected, source, row, tuple(between), known))
+            found.append(TokenizedPair(prompt, chosen, rejected, source, row, tuple(between), known, segment.runs))
             start, response = start + segment.num_tokens, response + len(segment.responses)
         return found
 
     def sum_responses(self, logps: Tensor, statistics: TokenStatistics | None = None) -> PairLogps:
-        """Sums the log-probs of response tokens, (R,), over each response."""
+        """Sums the log-probs of trained tokens, (R,), over each response."""
         counts = tuple(len(segment.responses) for segment in self.segments)
         responses = Responses(logps, self.response_lengths, counts, self.scores, statistics)
         sums = responses.best_and_worst(responses.sum(logps))
@@ -143,9 +153,10 @@ class PairBatch:
         for segment in self.segments:
             tokens = self.input_ids[start : start + segment.num_tokens]
             prompt, *responses = tokens.split((segment.prompt, *segment.responses))
-            for response in responses:
+            for number, response in enumerate(responses):
                 rows.append(torch.cat([prompt, response]))
-                masks.append(torch.arange(len(rows[-1]), device=tokens.device) >= len(prompt))
+                trained = _trained(segment.runs[number]) if segment.runs else [True] * len(response)
+                masks.append(torch.tensor([False] * len(prompt) + trained, device=tokens.device))
             start += len(tokens)
 
         def pad(parts: list[Tensor], value: int) -> Tensor:
@@ -164,3 +175,8 @@ class PairBatch:
             lengths=function(self.lengths),
             scores=function(self.scores),
         )
+
+
+def _trained(runs: Sequence[int]) -> list[bool]:
+    """Whether each token of a response is trained, from the lengths of trained and untrained runs, in turns."""
+    return [number % 2 == 0 for number, run in enumerate(runs) for _ in range(run)]

@@ -6,14 +6,15 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.data.formats import read_pair
+from lit_dpo.data.formats import Reader, Reading, RowError
+from lit_dpo.data.rendering import ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 from lit_dpo.files.cache import cache_dir
 from lit_dpo.files.console import library_bars
@@ -21,7 +22,8 @@ from lit_dpo.files.console import library_bars
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-FORMAT_VERSION = 3  # increment when the meaning of the cached columns changes
+OnBadRow: TypeAlias = Literal["stop", "drop"]
+FORMAT_VERSION = 4  # increment when the meaning of the cached columns changes
 
 
 class PairDataset(torch.utils.data.Dataset[PairBatch]):
@@ -46,7 +48,8 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         """The tokenized pair at ``index``."""
         row = self.columns[self.indices[index]]
         parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
-        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]))
+        runs = tuple(map(tuple, row["runs"]))
+        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs)
 
     def require_scores(self, reader: str) -> None:
         """Checks that every pair has scores, and that the chosen score is not below the rejected score.
@@ -133,12 +136,16 @@ def cache_features() -> "Features":
             "chosen": ListOf(Value("int32")),
             "rejected": ListOf(Value("int32")),
             "between": ListOf(ListOf(Value("int32"))),  # the other responses of a ranked list
+            "runs": ListOf(ListOf(Value("int32"))),  # TokenizedPair.runs
             "scores": ListOf(Value("float64")),  # the data's scores, from best to worst response; empty if none
             "question": Value("string"),  # text of the last user turn
             "row": Value("int64"),
             "num_tokens": Value("int32"),
             "key": Value("binary"),  # TokenizedPair.key
             "reason": Value("string"),  # why the pair is left out; "" if it is kept
+            "format": Value("string"),  # name of the row's format
+            "notes": ListOf(Value("string")),  # what is to be told of a pair that is kept
+            "unread": ListOf(Value("string")),  # names of the row's columns that nothing reads
         }
     )
 
@@ -146,33 +153,41 @@ def cache_features() -> "Features":
 def prepare_pairs(
     rows: "Dataset",
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     truncation: Truncation,
+    reader: Reader | None = None,
+    *,
+    on_bad_row: OnBadRow = "stop",
     num_proc: int | None = None,
-    max_responses: int = 2,
     progress_bar: bool = True,
 ) -> tuple[PairDataset, list[str]]:
     """Tokenizes all rows, or loads them from the cache, and leaves out pairs that cannot be trained on.
 
     The cache key contains everything that the columns depend on, and nothing else: the fingerprint of the rows, the
-    tokenizer with its chat template, the truncation, ``max_responses`` and the version of the cache format.
+    tokenizer, the chat template with its options, the truncation, how rows are read and the version of the cache
+    format.
 
     Args:
         rows: The rows.
         source: Name of the data source, for messages.
-        tokenizer: Tokenizer with a chat template.
+        template: Chat template, with its tokenizer.
         truncation: Length limits, and what to do with longer pairs.
+        reader: Reads rows; by default any known format.
+        on_bad_row: What to do with a row in no known format, or that the chat template rejects: ``stop``, or ``drop``
+            it and count it.
         num_proc: Number of processes that tokenize; None tokenizes in this process.
-        max_responses: Maximum number of responses to take from a ranked list.
         progress_bar: Whether to show a progress bar.
 
     Returns:
-        The pairs, and one line of text for each reason for which pairs were left out.
+        The pairs, and a report: lines of text about formats, columns that were not read, what was left out and why.
 
     Raises:
-        ValueError: If a row has no known format (the message names the row), or if no pair is left.
+        ValueError: If a row cannot be read and ``on_bad_row`` is ``stop`` (the message names the row), or if no pair is
+            left.
     """
-    key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(tokenizer), asdict(truncation), max_responses])
+    reader = Reader() if reader is None else reader
+    how = [asdict(truncation), asdict(reader), template.identity, on_bad_row]
+    key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(template.tokenizer), *how])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +197,10 @@ def prepare_pairs(
             with_indices=True,
             fn_kwargs={
                 "source": source,
-                "tokenizer": tokenizer,
+                "template": template,
                 "truncation": truncation,
-                "max_responses": max_responses,
+                "reader": reader,
+                "on_bad_row": on_bad_row,
             },
             remove_columns=rows.column_names,
             features=cache_features(),
@@ -194,48 +210,93 @@ def prepare_pairs(
             num_proc=num_proc,
             desc=f"Tokenizing {source}",
         )
-    left_out: dict[str, array[int]] = defaultdict(lambda: array("q"))
-    for row, reason in enumerate(columns["reason"]):
-        left_out[reason].append(row)
-    kept = left_out.pop("", array("q"))
-    report = [
-        f"{source}: left out {len(found)} of {len(rows)} pairs: {reason} (first: row {found[0]})"
-        for reason, found in sorted(left_out.items())
-    ]
+    kept, report = _report(columns, source)
     if not kept:
         raise ValueError("\n".join([f"{source}: no usable pair is left.", *report]))
     return PairDataset(columns, kept, source), report
+
+
+def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
+    """The indices of the rows that are kept, and lines of text about the data."""
+    total = len(columns)
+    formats, unread, reasons, notes = (_counts(columns, name) for name in ("format", "unread", "reason", "notes"))
+    reasons.pop("", None)
+    formats.pop("", None)
+    names = [name if len(formats) == 1 else f"{name} ({count} rows)" for name, (count, _) in formats.items()]
+    report = [f"{source}: read as: {', '.join(names)}"]
+    if unread:
+        report.append(f"{source}: columns that are not read: {', '.join(sorted(unread))}")
+    report += [
+        f"{source}: left out {count} of {total} pairs: {reason} (first: row {first})"
+        for reason, (count, first) in sorted(reasons.items())
+    ]
+    report += [
+        f"{source}: {count} of {total} pairs: {note} (first: row {first})"
+        for note, (count, first) in sorted(notes.items())
+    ]
+    is_kept = columns.data.column("reason").to_numpy() == ""
+    return array("q", np.flatnonzero(is_kept).tobytes()), report
+
+
+def _counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
+    """For each text in a column of texts, or of lists of texts, how many rows have it, and the first that has it."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    texts = columns.data.column(name).combine_chunks()
+    rows = np.arange(len(texts))
+    if pa.types.is_list(texts.type):
+        texts, rows = pc.list_flatten(texts), pc.list_parent_indices(texts).to_numpy()
+    encoded = texts.dictionary_encode()
+    codes, first, count = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
+    texts = encoded.dictionary.to_pylist()
+    return {texts[c]: (int(n), int(rows[f])) for c, f, n in zip(codes, first, count, strict=True)}
 
 
 def _prepare_row(
     row: dict[str, Any],
     index: int,
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     truncation: Truncation,
-    max_responses: int,
+    reader: Reader,
+    on_bad_row: OnBadRow,
 ) -> dict[str, Any]:
     """Turns one source row into one row of the cached data set."""
+    reading = Reading("", "", ())
+    notes: tuple[str, ...] = ()
+    result: TokenizedPair | str
     try:
-        pair = read_pair(row, max_responses)
-        result = pair if isinstance(pair, str) else truncation(tokenize(pair, tokenizer))
-    except ValueError as error:  # a RowError, or a chat template that rejects these messages
-        raise ValueError(f"{source}, row {index}: {str(error).rstrip('.')}.") from error
-    if isinstance(pair, str) or isinstance(result, str):
-        result, question, reason = TokenizedPair([], [], []), "", str(result)
-    else:
-        question, reason = str(pair.prompt[-1]["content"]), ""
+        reading = reader(row)
+        if isinstance(reading.result, str):
+            result = reading.result
+        else:
+            rendered = template(reading.result)
+            notes = rendered.notes
+            result = truncation(tokenize(rendered, template.tokenizer, reading.result.scores))
+    except (RowError, RejectedByTemplateError) as error:
+        if on_bad_row == "stop":
+            raise ValueError(
+                f"{source}, row {index}: {str(error).rstrip('.')}. To leave out such rows, set data.on_bad_row=drop."
+            ) from error
+        result = str(error)
+    reason, pair = (result, TokenizedPair([], [], [])) if isinstance(result, str) else ("", result)
+    question = "" if isinstance(reading.result, str) or reason else str(reading.result.prompt[-1]["content"])
     return {
-        "prompt": result.prompt,
-        "chosen": result.chosen,
-        "rejected": result.rejected,
-        "between": list(result.between),
-        "scores": list(result.scores),
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "between": list(pair.between),
+        "runs": [list(run) for run in pair.runs],
+        "scores": list(pair.scores),
         "question": question,
         "row": index,
-        "num_tokens": result.num_tokens,
-        "key": result.key,
+        "num_tokens": pair.num_tokens,
+        "key": pair.key,
         "reason": reason,
+        "format": reading.format,
+        "notes": [] if reason else list(notes),
+        "unread": list(reading.unread),
     }
 
 
@@ -243,5 +304,5 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of everything that the tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [type(tokenizer).__name__, model, str(tokenizer.chat_template), str(tokenizer.eos_token)]
+    parts = [type(tokenizer).__name__, model, str(tokenizer.eos_token)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,16 +1,14 @@
-"""PreferencePair ──► TokenizedPair: chat template, boundary between prompt and response, and truncation."""
+"""Rendered texts ──► TokenizedPair: token ids of prompt and responses, and truncation."""
 
 import hashlib
 import itertools
-import os.path
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.data.formats import PreferencePair
+from lit_dpo.data.rendering import Rendered
 
 Overlong: TypeAlias = Literal["truncate", "drop"]
 
@@ -26,6 +24,9 @@ class TokenizedPair:
     row: int = -1  # row number in the source, counted from 0
     between: tuple[list[int], ...] = ()  # ranked list: responses between best and worst, in order
     scores: tuple[float, ...] = ()  # the data's scores, from best to worst; empty if it has none
+    # For each response, from best to worst, numbers of tokens that are trained and that are not, in turns, beginning
+    # with trained ones. Empty if all tokens of all responses are trained.
+    runs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def responses(self) -> tuple[list[int], ...]:
@@ -41,7 +42,7 @@ class TokenizedPair:
     def key(self) -> bytes:
         """A 16-byte digest of the token ids. Besides the model, log-probs depend on nothing else."""
         parts = (self.prompt, *self.responses)
-        ids = array("q", [*map(len, parts), *itertools.chain(*parts)])
+        ids = array("q", [*map(len, parts), *itertools.chain(*parts, *self.runs)])
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
@@ -90,53 +91,61 @@ class Truncation:
             return "identical after truncation"
         chosen, *between, rejected = (responses[place] for place in kept)
         scores = tuple(pair.scores[place] for place in kept) if pair.scores else ()
-        return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, between=tuple(between), scores=scores)
+        runs = tuple(_cut(pair.runs[place], len(responses[place])) for place in kept) if pair.runs else ()
+        return TokenizedPair(prompt, chosen, rejected, pair.source, pair.row, tuple(between), scores, runs)
 
 
-def tokenize(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> TokenizedPair:
-    """Renders prompt and responses with the chat template and tokenizes them without truncation.
+def _cut(runs: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The runs of the first ``length`` tokens."""
+    kept = []
+    for run in runs:
+        kept.append(min(run, length))
+        length -= kept[-1]
+        if not length:
+            break
+    return tuple(kept)
+
+
+def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, scores: tuple[float, ...] = ()) -> TokenizedPair:
+    """Tokenizes prompt and responses without truncation.
 
     Prompt and whole conversation are tokenized. Nearly always the ids of the conversation begin with those of the
     prompt, and the rest are the ids of the response. Otherwise a token straddles the boundary; then prompt and response
     are tokenized separately. So all responses share the prompt's ids. The tokenizer's EOS token is appended only if the
     template writes nothing after the answer.
 
-    Raises:
-        ValueError: If the chat template rejects the messages, or if the rendered conversation does not begin with the
-            rendered prompt.
+    Args:
+        rendered: The texts.
+        tokenizer: The tokenizer.
+        scores: The data's scores, from best to worst response.
     """
-
-    def render(*answer: dict[str, object], generate: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template([*pair.prompt, *answer], tokenize=False, add_generation_prompt=generate)
-        )
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    answers = (pair.chosen, *pair.between, pair.rejected)
-    try:
-        conversations = [render(answer) for answer in answers]
-        generation = render(generate=True)
-    except TemplateError as error:
-        raise ValueError(f"the chat template rejects the messages: {error}") from error
-    # With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
-    # is the common prefix of the generation text and all conversations. It must contain the whole last user turn.
-    prompt_text = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
-    if prompt_text != generation and not prompt_text.startswith(render()):
-        raise ValueError(
-            "A conversation rendered by the chat template does not begin with the rendered prompt: "
-            f"the prompt ends with {generation[-60:]!r}, the conversation continues differently."
-        )
-    prompt = encode(prompt_text)
-    responses = []
-    for text, answer in zip(conversations, answers, strict=True):
-        ids = encode(text)
-        response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(text[len(prompt_text) :])
-        content = answer["content"]
-        if isinstance(content, str) and text.rstrip().endswith(content.rstrip()) and tokenizer.eos_token_id is not None:
-            response = [*response, tokenizer.eos_token_id]
-        responses.append(response)
+    prompt = encode(rendered.prompt)
+    responses, runs = [], []
+    for parts, ends in zip(rendered.responses, rendered.ends, strict=True):
+        if len(parts) == 1:
+            ids = encode(rendered.prompt + parts[0].text)
+            pieces = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(parts[0].text)]
+        else:
+            pieces = [encode(part.text) for part in parts]
+        if not ends and tokenizer.eos_token_id is not None:
+            pieces[-1] = [*pieces[-1], tokenizer.eos_token_id]
+        responses.append(list(itertools.chain(*pieces)))
+        runs.append(_runs([(len(piece), part.trained) for piece, part in zip(pieces, parts, strict=True)]))
     chosen, *between, rejected = responses
-    return TokenizedPair(prompt, chosen, rejected, between=tuple(between), scores=pair.scores)
+    partly = any(len(run) > 1 for run in runs)
+    return TokenizedPair(prompt, chosen, rejected, between=tuple(between), scores=scores, runs=tuple(runs) * partly)
+
+
+def _runs(pieces: list[tuple[int, bool]]) -> tuple[int, ...]:
+    """Lengths of trained and untrained runs, in turns, of pieces with a length each."""
+    runs = [0]
+    for length, trained in pieces:
+        if trained != (len(runs) % 2 == 1):
+            runs.append(0)
+        runs[-1] += length
+    return tuple(runs)

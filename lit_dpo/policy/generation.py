@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lit_dpo.base.tokenizer import require_chat_template
 from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.precision import float16_autocast
 
@@ -27,10 +28,30 @@ class Comparison:
     aligned: str
 
 
-def user_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt of one user message."""
+def user_prompt(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Prompt:
+    """The prompt of one user message.
+
+    Args:
+        text: The message.
+        tokenizer: The tokenizer, with its chat template.
+        system: System message before it.
+        template_kwargs: Arguments to the chat template.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template.
+    """
+    require_chat_template(tokenizer)
+    turns = [{"role": "system", "content": system}] if system else []
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        [*turns, {"role": "user", "content": text}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **(template_kwargs or {}),
     )
     return Prompt(text, tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

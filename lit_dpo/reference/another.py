@@ -85,7 +85,7 @@ class AnotherModel:
             "trust_remote_code": self.trust_remote_code,
         }
         try:
-            own = load_tokenizer(self.base, chat=False, **source)
+            own = load_tokenizer(self.base, **source)
         except (OSError, ValueError) as error:
             raise ValueError(str(error).replace("model.", "model.reference.", 1)) from error
         if own.get_vocab() != tokenizer.get_vocab():

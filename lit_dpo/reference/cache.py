@@ -179,7 +179,7 @@ class CachedReference(Reference):
     def _compute(self, batch: PairBatch) -> Tensor:
         """Computes the log-probs of the batch's response tokens, (R,), and keeps them for each pair."""
         logps = self.initial.token_logps(batch)
-        lengths = [sum(segment.responses) for segment in batch.segments]
+        lengths = [sum(segment.trained) for segment in batch.segments]
         self._new |= zip(batch.keys, np.split(logps.cpu().numpy().copy(), np.cumsum(lengths)[:-1]), strict=True)
         if len(self._new) >= SHARD_PAIRS or time.monotonic() - self._saved > SHARD_SECONDS:
             self.save()

@@ -32,7 +32,7 @@ class BatchRecord(NamedTuple):
 
     def pairs(self) -> list[PairNumbers]:
         """The ``PairNumbers`` of each pair in the batch."""
-        num_tokens = [sum(segment.responses) for segment in self.batch.segments]
+        num_tokens = [sum(segment.trained) for segment in self.batch.segments]
         displacement = kl = torch.full_like(self.losses, torch.nan)
         responses = self.policy.responses
         if self.reference is not None and self.reference.responses is not None and responses is not None:

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from lit_dpo.base import gguf
 from lit_dpo.base.names import resolve_base
 from lit_dpo.base.tokenizer import load_tokenizer
+from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.files.packages import locate
 from tests.conftest import EMBEDDED
 from tests.tiny import tiny_tokenizer
@@ -42,7 +43,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="has no chat template"):
-        load_tokenizer(str(tmp_path))
+        ChatTemplate(load_tokenizer(str(tmp_path)))
 
 
 def test_the_embedded_model_is_converted_once(embedded_base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lit_dpo.base.names import resolve_base
 from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.policy.adapters import LORA
 from lit_dpo.policy.precision import NF4, PRECISIONS
@@ -72,7 +73,9 @@ class Task:
 
     def tokenized(self, rows: list[dict[str, Any]]) -> tuple[PairDataset, list[str]]:
         """The rows as tokenized pairs."""
-        return prepare_pairs(Dataset.from_list(rows), "rows", load_tokenizer(self.base), Truncation(self.max_length))
+        return prepare_pairs(
+            Dataset.from_list(rows), "rows", ChatTemplate(load_tokenizer(self.base)), Truncation(self.max_length)
+        )
 
 
 @dataclass

@@ -2,11 +2,15 @@ from typing import Any
 
 import pytest
 
-from lit_dpo.data.formats import PreferencePair, RowError, read_pair
+from lit_dpo.data.formats import PreferencePair, Reader, RowError
 
 USER = {"role": "user", "content": "Why?"}
 GOOD, BAD = {"role": "assistant", "content": "Because."}, {"role": "assistant", "content": "Dunno."}
-PAIR = PreferencePair([USER], GOOD, BAD)
+PAIR = PreferencePair([USER], [GOOD], [BAD])
+
+
+def read_pair(row: dict[str, Any], max_responses: int = 2) -> PreferencePair | str:
+    return Reader(max_responses=max_responses)(row).result
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ def test_earlier_turns_and_a_system_message_belong_to_the_prompt() -> None:
     system = {"role": "system", "content": "Be kind."}
     turns = [system, USER, GOOD, {"role": "user", "content": "Really?"}]
     pair = read_pair({"chosen": [*turns, GOOD], "rejected": [*turns, BAD]})
-    assert pair == PreferencePair(turns, GOOD, BAD)
+    assert pair == PreferencePair(turns, [GOOD], [BAD])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_earlier_turns_and_a_system_message_belong_to_the_prompt() -> None:
         ({"prompt": "Why?", "chosen": "same", "rejected": "same"}, "identical responses"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "identical responses"),
         ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]}, "more than one answer turn"),
-        ({"chosen": [USER, USER], "rejected": [USER, BAD]}, "more than one answer turn"),
+        ({"chosen": [USER, USER], "rejected": [USER, BAD]}, "no answer at the end"),
     ],
 )
 def test_a_pair_that_cannot_be_trained_on_gives_its_reason(row: dict[str, Any], reason: str) -> None:
@@ -78,8 +82,8 @@ ULTRAFEEDBACK = {
 }
 
 
-def answer(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def answer(text: str) -> dict[str, str]:
     [
         ULTRAFEEDBACK,
         {"prompt": "Why?", "responses": ["C", "A", "B", "D"], "scores": [2.0, 4.5, 3.0, 1.25]},
-        {"prompt": [USER], "responses": [[answer("A")], answer("B"), "C", "D"], "scores": [4.5, 3.0, 2.0, 1.25]},
+        {"prompt": [USER], "responses": [answer("A"), answer("B")[0], "C", "D"], "scores": [4.5, 3.0, 2.0, 1.25]},
     ],
 )
 def test_lists_are_ranked_by_their_scores(row: dict[str, Any]) -> None:
@@ -143,7 +147,10 @@ def test_lists_that_rank_nothing_are_left_out(row: dict[str, Any], reason: str) 
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": [1]}, "1 scores for 2 responses"),
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": ["low", "high"]}, "scores must be numbers"),
         ({"prompt": "Why?", "responses": ["A", "B"], "scores": 5}, "scores must be a list, not int"),
-        ({"prompt": "Why?", "completions": [{"response": "A", "rating": 1}]}, "have no score, under none of the names"),
+        (
+            {"prompt": "Why?", "completions": [{"response": "A", "rating": 1}]},
+            "have no score or rank, under none of the names",
+        ),
         ({"prompt": "Why?", "responses": ["A", 7]}, "a text or an assistant's message, not 7"),
     ],
 )
@@ -155,6 +162,6 @@ def test_lists_in_no_known_form_are_errors(row: dict[str, Any], message: str) ->
 def test_pairs_bring_their_scores_where_both_have_one() -> None:
     row = {"prompt": "Why?", "chosen": "Because.", "rejected": "Dunno."}
     assert read_pair({**row, "score_chosen": 8, "score_rejected": "3.5"}) == PreferencePair(
-        [USER], GOOD, BAD, scores=(8.0, 3.5)
+        [USER], [GOOD], [BAD], scores=(8.0, 3.5)
     )
     assert read_pair({**row, "score_chosen": 8, "score_rejected": None}) == PAIR

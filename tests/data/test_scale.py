@@ -21,8 +21,15 @@ class Endless:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tokens = [index % 97 + 1] * 60
-        parts = {"prompt": tokens[:20], "chosen": tokens, "rejected": tokens[:40], "between": [], "scores": []}
-        return {**parts, "row": index}
+        parts = {
+            "prompt": tokens[:20],
+            "chosen": tokens,
+            "rejected": tokens[:40],
+            "between": [],
+            "scores": [],
+            "runs": [],
+        }
+        return {**parts, "between": [], "scores": [], "runs": [], "row": index}
 
     def column(self, name: str) -> "Endless":
         return self

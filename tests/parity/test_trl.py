@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.preparation import prepare_pairs
+from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
@@ -57,7 +58,9 @@ def ours(rows: list[dict[str, Any]]) -> dict[str, Any]:
     )
     wake_adapters(model, ADAPTER_SCALE)
     policy = Policy(model, "flat")
-    pairs, _ = prepare_pairs(Dataset.from_list(rows), "rows", load_tokenizer(EMBEDDED), Truncation(MAX_LENGTH))
+    pairs, _ = prepare_pairs(
+        Dataset.from_list(rows), "rows", ChatTemplate(load_tokenizer(EMBEDDED)), Truncation(MAX_LENGTH)
+    )
     batch = pairs[list(range(len(pairs)))]
     objective, metrics = Sigmoid(BETA), PreferenceMetrics()
     reference, logps = InitialPolicy(policy).logps(batch), policy.logps(batch)

@@ -4,13 +4,33 @@ The first family in ``FORMATS`` whose ``matches`` accepts a row reads it. To add
 and ``read``, and add it to ``FORMATS``.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from lit_dpo.data.formats import chosen_rejected, ranked_list
+from lit_dpo.data.formats import (
+    alpaca,
+    chosen_rejected,
+    openai,
+    ranked_list,
+    rejected_response,
+    sharegpt,
+    transcript,
+    two_responses,
+)
+from lit_dpo.data.formats.context import tools_of
+from lit_dpo.data.formats.messages import decoded, without_nulls
 from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError
 
-__all__ = ["FORMATS", "Format", "Message", "PreferencePair", "RowError", "read_pair"]
+__all__ = ["FORMATS", "Format", "Message", "PreferencePair", "Reader", "Reading", "RowError"]
+
+MultiTurn: TypeAlias = Literal["drop", "answers"]
+# Columns that would change what is trained. If no family reads such a column, the row cannot be read.
+MEANINGFUL = frozenset(
+    {"system", "system_prompt", "tools", "functions", "history", "chat_template_kwargs", "context", "input"}
+    | {"documents", "weight", "weights", "sample_weight"}
+    | {"image", "images", "video", "videos", "audio", "audios"}
+)
 
 
 class Format(NamedTuple):
@@ -22,27 +42,92 @@ class Format(NamedTuple):
 
 
 FORMATS = (
+    Format("OpenAI preferences", openai.matches, openai.read),
+    Format("two responses and a label", two_responses.matches, two_responses.read),
+    Format("messages and a rejected response", rejected_response.matches, rejected_response.read),
+    Format("HH-RLHF transcripts", transcript.matches, transcript.read),
+    Format("ShareGPT", sharegpt.matches, sharegpt.read),
+    Format("Alpaca", alpaca.matches, alpaca.read),
     Format("chosen and rejected", chosen_rejected.matches, chosen_rejected.read),
     Format("ranked list", ranked_list.matches, ranked_list.read),
 )
 
 
-def read_pair(row: Row, max_responses: int = 2) -> PreferencePair | str:
-    """Reads one row.
+class Reading(NamedTuple):
+    """What became of a row."""
+
+    format: str  # name of its family
+    result: PreferencePair | str  # the pair, or the reason to leave the row out
+    unread: tuple[str, ...]  # columns with a value that were not read
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads rows of any known format.
 
     Args:
-        row: The row.
+        columns: Names of columns: from the name that a format knows to the name in the data.
+        ignore: Columns that are left out although they could change what is trained.
+        system: System message of every prompt, instead of one in the data; None leaves the data's. An empty text
+            removes it.
         max_responses: Maximum number of responses to take from a ranked list: the best, the worst, and others evenly
             spaced by rank.
-
-    Returns:
-        The pair, or the reason to leave it out: ``"empty prompt"``, ``"empty response"``, ``"identical responses"``,
-        ``"more than one answer turn"``, ``"no two different responses"`` or ``"no two responses of different scores"``.
-
-    Raises:
-        RowError: If no family of formats accepts the row, or if a value in the row has the wrong type.
+        multi_turn: What to do with responses of several messages: ``drop`` leaves the row out, ``answers`` trains on
+            the assistant's messages in them.
     """
-    for family in FORMATS:
-        if family.matches(row):
-            return family.read(row, max_responses)
-    raise RowError(f"no column 'chosen'; the columns are {sorted(row)}")
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
+    system: str | None = None
+    max_responses: int = 2
+    multi_turn: MultiTurn = "drop"
+
+    def __call__(self, columns: Mapping[str, Any]) -> Reading:
+        """Reads one row.
+
+        Raises:
+            RowError: If no family of formats accepts the row, if a value in it has the wrong type, or if it has a
+                column of ``MEANINGFUL`` that nothing reads.
+        """
+        row = self._row(columns)
+        family = next((family for family in FORMATS if family.matches(row)), None)
+        if family is None:
+            raise RowError(
+                f"no column 'chosen', and no other known format; the columns are {sorted(row)}. If they have names of "
+                "their own, set data.columns={prompt: NAME, chosen: NAME, rejected: NAME}"
+            )
+        result = family.read(row, self.max_responses)
+        if isinstance(result, PreferencePair):
+            result = self._complete(row, result)
+        unread = {name: value for name, value in row.unread().items() if value not in ("", [], {})}
+        if isinstance(result, PreferencePair) and (unsafe := sorted(MEANINGFUL & unread.keys())):
+            raise RowError(
+                f"{' and '.join(map(repr, unsafe))} could change what is trained, but {family.name} does not read it. "
+                f"To leave it out on purpose, set data.ignore={unsafe}"
+            )
+        return Reading(family.name, result, tuple(unread))
+
+    def _row(self, columns: Mapping[str, Any]) -> Row:
+        """The row under the names that formats know, without the columns to ignore."""
+        missing = sorted(set(self.columns.values()) - columns.keys())
+        if missing:
+            raise RowError(f"data.columns names {', '.join(map(repr, missing))}, but the columns are {sorted(columns)}")
+        known = {theirs: ours for ours, theirs in self.columns.items()}
+        taken = {
+            known.get(name, name): value for name, value in columns.items() if name not in self.columns or name in known
+        }
+        return Row({name: value for name, value in taken.items() if name not in self.ignore})
+
+    def _complete(self, row: Row, pair: PreferencePair) -> PreferencePair | str:
+        """Adds tools, template arguments and the system message, and decides about responses of several messages."""
+        tools = next((tools_of(row[name]) for name in ("tools", "functions") if name in row), pair.tools)
+        given = decoded(row["chat_template_kwargs"]) if "chat_template_kwargs" in row else {}
+        if not isinstance(given, Mapping):
+            raise RowError(f"'chat_template_kwargs' must be a dict, not {type(given).__name__}")
+        prompt = pair.prompt
+        if self.system is not None:
+            spoken = [turn for turn in prompt if turn["role"] != "system"]
+            prompt = [{"role": "system", "content": self.system}, *spoken] if self.system else spoken
+        if self.multi_turn == "drop" and any(len(response) > 1 for response in pair.responses):
+            return "more than one answer turn"
+        return replace(pair, prompt=prompt, tools=tools, template_kwargs=without_nulls(given))

@@ -1,22 +1,38 @@
-"""Rows with a ``chosen`` and a ``rejected`` response.
+"""Rows with a chosen and a rejected response, under one of the names in ``NAMES``.
 
 - message lists that repeat the prompt, as in UltraFeedback binarized:
-  ``{"chosen": [user, assistant], "rejected": [user, assistant]}``, with or without ``prompt``;
+  ``{"chosen": [user, assistant], "rejected": [user, assistant]}``, with or without a column for the prompt;
 - strings: ``{"prompt": str, "chosen": str, "rejected": str}``;
-- conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``.
+- conversational: ``{"prompt": [messages], "chosen": [assistant], "rejected": [assistant]}``;
+- single messages: ``{"messages": [messages], "chosen": assistant, "rejected": assistant}``.
 
-The columns ``score_chosen`` and ``score_rejected``, if present, are the scores of the responses.
+The columns in ``SCORES``, if present, are the scores of the responses.
 """
 
 import math
 
-from lit_dpo.data.formats.messages import decoded, has_text, messages, number
-from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError
+from lit_dpo.data.formats.context import PROMPT, prompt_column, with_context
+from lit_dpo.data.formats.messages import answer, decoded, is_transcript, messages, number
+from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError, make_pair
+
+NAMES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("answer_chosen", "answer_rejected"),
+    ("preferred", "dispreferred"),
+)
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
 
 
 def matches(row: Row) -> bool:
-    """Whether the row has a column ``chosen`` or ``rejected``."""
-    return "chosen" in row or "rejected" in row
+    """Whether the row has a column for the chosen or for the rejected response."""
+    return any(name in row.columns for names in NAMES for name in names)
 
 
 def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
@@ -25,45 +41,86 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     Raises:
         RowError: If a column is missing, or a value is neither text nor messages.
     """
-    for column in ("chosen", "rejected"):
-        if column not in row:
-            raise RowError(f"no column {column!r}; the columns are {sorted(row)}")
-    chosen, rejected, prompt = (decoded(row.get(key)) for key in ("chosen", "rejected", "prompt"))
+    return read_two(row, *columns(row))
 
+
+def columns(row: Row) -> tuple[str, str]:
+    """Names of the columns of the chosen and of the rejected response.
+
+    Raises:
+        RowError: If the row has only one of them.
+    """
+    names = next(pair for pair in NAMES if any(name in row.columns for name in pair))
+    for name in names:
+        if name not in row.columns:
+            raise RowError(f"no column {name!r}; the columns are {sorted(row)}")
+    return names
+
+
+def read_two(row: Row, better: str, worse: str, question: str | None = None) -> PreferencePair | str:
+    """Reads a pair from the columns of two responses and from those of what comes before them.
+
+    Args:
+        row: The row.
+        better: Column of the better response.
+        worse: Column of the worse response.
+        question: Text of the last user turn, if it is in none of the columns of a prompt.
+
+    Raises:
+        RowError: If the responses have different types, or if nothing says where the prompt ends.
+    """
+    chosen, rejected = (decoded(row[name]) for name in (better, worse))
     if chosen is None or rejected is None:
         return "empty response"
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RowError("'chosen' and 'rejected' must both be strings or both be lists of messages")
-    if isinstance(chosen, str):
-        if prompt is None:
-            raise RowError("'chosen' is a string, so a column 'prompt' is needed")
-        turns = messages(prompt, "prompt")
-        chosen_turns = [{"role": "assistant", "content": chosen}]
-        rejected_turns = [{"role": "assistant", "content": rejected}]
-    else:
-        chosen_all, rejected_all = messages(chosen, "chosen"), messages(rejected, "rejected")
-        if not chosen_all or not rejected_all:
-            return "empty response"
-        lead = [] if prompt is None else messages(prompt, "prompt")
-        if chosen_all[0]["role"] != "assistant" and (isinstance(prompt, str) or chosen_all[: len(lead)] == lead):
-            lead = []  # the message lists repeat the prompt
-        shared = _shared_turns(chosen_all, rejected_all)
-        turns, chosen_turns, rejected_turns = lead + chosen_all[:shared], chosen_all[shared:], rejected_all[shared:]
-
-    if not turns or not has_text(turns[-1]):
-        return "empty prompt"
-    if not all(len(answer) == 1 and answer[0]["role"] == "assistant" for answer in (chosen_turns, rejected_turns)):
-        return "more than one answer turn"
-    if not (has_text(chosen_turns[0]) and has_text(rejected_turns[0])):
+        raise RowError(f"{better!r} and {worse!r} must both be strings or both be lists of messages")
+    responses = [answer(chosen, better), answer(rejected, worse)]
+    if not all(responses):
         return "empty response"
-    if chosen_turns == rejected_turns:
-        return "identical responses"
-    scores = tuple(number(row.get(f"score_{name}")) for name in ("chosen", "rejected"))
-    known = not any(math.isnan(score) for score in scores)
-    return PreferencePair(turns, chosen_turns[0], rejected_turns[0], scores=scores if known else ())
+    column = None if question is not None else prompt_column(row)
+    value = question if column is None else decoded(row[column])
+    if isinstance(chosen, str) and not is_transcript(chosen):
+        if value is None and any(name in row.columns for name in PROMPT):
+            return "empty prompt"
+        if value is None:
+            raise RowError(
+                f"{better!r} is a string, so a column 'prompt' is needed. If it has another name, set "
+                "data.columns={prompt: NAME}"
+            )
+    lead = [] if value is None else messages(value, column or "prompt")
+    turns, responses = _apart(lead, isinstance(value, str), *responses)
+    return make_pair(with_context(row, turns), responses, _scores(row))
 
 
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """Number of leading turns that both have in common. The last turn of each is its answer and never counts."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((turn for turn in range(limit) if chosen[turn] != rejected[turn]), limit)
+def _apart(
+    lead: list[Message], is_text: bool, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Splits responses that may repeat the prompt into the prompt and what differs.
+
+    Args:
+        lead: Messages of the column of the prompt.
+        is_text: Whether that column is a text. It then is the last user turn of the responses' messages.
+        chosen: Messages of the chosen response, perhaps with those of the prompt before them.
+        rejected: Messages of the rejected response, likewise.
+    """
+    limit = min(len(chosen), len(rejected)) - 1  # the last message of each is its answer
+    shared = next((turn for turn in range(limit) if chosen[turn] != rejected[turn]), limit)
+    responses = [chosen[shared:], rejected[shared:]]
+    system = [turn for turn in lead if turn["role"] == "system"]
+    spoken = [turn for turn in lead if turn["role"] != "system"]
+    opening = [turn for turn in chosen if turn["role"] != "system"]
+    repeated = chosen[0]["role"] != "assistant" and (is_text or opening[: len(spoken)] == spoken)
+    if not repeated:
+        return [*lead, *chosen[:shared]], responses
+    if chosen[0]["role"] == "system":
+        system = []  # it is repeated too
+    return [*system, *chosen[:shared]], responses
+
+
+def _scores(row: Row) -> tuple[float, ...]:
+    """The scores of both responses; empty if one of them has none."""
+    for names in SCORES:
+        if all(name in row for name in names):
+            scores = tuple(number(row[name]) for name in names)
+            return () if any(math.isnan(score) for score in scores) else scores
+    return ()

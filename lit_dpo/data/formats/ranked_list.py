@@ -1,25 +1,31 @@
 """Rows with a list of responses to one prompt.
 
 - ``{"prompt": ..., "responses": [...], "scores": [...]}``; without ``scores``, responses go from best to worst;
-- the original UltraFeedback: ``{"instruction": str, "completions": [{"response": str, "overall_score": float}, ...]}``.
+- the original UltraFeedback: ``{"instruction": str, "completions": [{"response": str, "overall_score": float}, ...]}``;
+- with ranks, the lowest the best: ``{"prompt": ..., "answers": [{"answer": str, "rank": int}, ...]}``, or
+  ``{"context": ..., "completions": [{"completion": [messages], "rank": int}, ...]}``.
 
-Of responses with equal scores, only the first is kept, because the data does not say which one is better.
+Of responses with equal scores or ranks, only the first is kept, because the data does not say which one is better.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_dpo.data.formats.messages import decoded, has_text, messages, number
-from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError
+from lit_dpo.data.formats import chosen_rejected
+from lit_dpo.data.formats.context import PROMPT, prompt_column, with_context
+from lit_dpo.data.formats.messages import answer, decoded, messages, number
+from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError, has_text, make_pair
 
+LISTS = ("completions", "responses", "answers")
+TEXTS = ("response", "completion", "answer", "text")
 # UltraFeedback's "fine-grained_score" is the mean of four ratings. Its "overall_score" is wrong for some completions.
 SCORE_NAMES = ("fine-grained_score", "overall_score", "score")
 
 
 def matches(row: Row) -> bool:
-    """Whether the row has a list of responses, and neither ``chosen`` nor ``rejected``."""
-    return not ("chosen" in row or "rejected" in row) and ("completions" in row or "responses" in row)
+    """Whether the row has a list of responses, and neither a chosen nor a rejected one."""
+    return not chosen_rejected.matches(row) and any(name in row.columns for name in LISTS)
 
 
 def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
@@ -28,69 +34,79 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     Raises:
         RowError: If the row has no prompt, or if responses or scores are missing or have a wrong type.
     """
-    listed = row["completions"] if "completions" in row else row["responses"]
-    prompt = decoded(row.get("prompt", row.get("instruction")))
-    if prompt is None:
+    name = next(name for name in LISTS if name in row.columns)
+    listed = decoded(row[name])
+    column = prompt_column(row)
+    if column is None and not any(known in row.columns for known in PROMPT):
         raise RowError("a list of responses needs a column 'prompt' or 'instruction'")
     if not isinstance(listed, list):
         raise RowError(f"the responses must be a list, not {type(listed).__name__}")
-    answers = [_answer(response) for response in listed]
+    if column is None:
+        return "empty prompt"
+    answers = [_answer(response, name) for response in listed]
     if not listed:
         return "no two different responses"
-    column = row.get("scores")
-    if not isinstance(column, list | None):
-        raise RowError(f"the scores must be a list, not {type(column).__name__}")
-    scores = [number(score) for score in (column or _scores(listed))]
-    if "completions" in row and not any(name in (entry or ()) for entry in listed for name in SCORE_NAMES):
-        raise RowError(f"the completions have no score, under none of the names {', '.join(SCORE_NAMES)}")
-    if column and any(score is not None and math.isnan(number(score)) for score in column):
-        raise RowError(f"the scores must be numbers, not {column!r:.80}")
-    if len(scores) != len(answers):
-        raise RowError(f"there are {len(scores)} scores for {len(answers)} responses")
-    turns = messages(prompt, "prompt")
+    scores = _scores(row, listed, name)
+    turns = with_context(row, messages(row[column], column))
     if not turns or not has_text(turns[-1]):
         return "empty prompt"
-    scored = bool(column) or "completions" in row or not all(math.isnan(score) for score in scores)
     order = range(len(answers))
-    if scored:
+    if scores:
         order = sorted((i for i in order if not math.isnan(scores[i])), key=lambda i: -scores[i])  # type: ignore[assignment]
     kept: list[int] = []
     for index in order:
-        if not has_text(answers[index]) or any(answers[index] == answers[other] for other in kept):
+        if not (answers[index] and has_text(answers[index][-1])) or any(answers[index] == answers[k] for k in kept):
             continue
-        if not (scored and kept and scores[index] == scores[kept[-1]]):
+        if not (scores and kept and scores[index] == scores[kept[-1]]):
             kept.append(index)
     if len(kept) < 2:
-        return "no two responses of different scores" if scored else "no two different responses"
+        return "no two responses of different scores" if scores else "no two different responses"
     kept = _spread(kept, max_responses)
-    best, *between, worst = (answers[index] for index in kept)
-    return PreferencePair(turns, best, worst, tuple(between), tuple(scores[index] for index in kept) if scored else ())
+    ranks = any(isinstance(entry, Mapping) and entry.get("rank") is not None for entry in listed)
+    return make_pair(
+        turns, [answers[index] for index in kept], [scores[index] for index in kept] if scores and not ranks else []
+    )
 
 
-def _answer(response: Any) -> Message:
-    """Converts a response to a message. It may be a string, a message, a list of one, or a dict with ``response``."""
-    if isinstance(response, list) and len(response) == 1:
-        (response,) = response
-    if isinstance(response, Mapping) and "response" in response:
-        response = response["response"]
-    if response is None:
-        response = ""
-    if isinstance(response, str):
-        return {"role": "assistant", "content": response}
-    if isinstance(response, Mapping) and response.get("role") == "assistant":
-        return messages([response], "responses")[0]
-    raise RowError(f"a response must be a text or an assistant's message, not {response!r:.80}")
+def _answer(response: Any, column: str) -> list[Message]:
+    """Reads a response: a text, a message, a list of messages, or a dict with one of these under one of ``TEXTS``."""
+    if isinstance(response, Mapping) and not {"role", "from"} & set(response):
+        found = next((name for name in TEXTS if name in response), None)
+        if found is None:
+            raise RowError(f"a response must be a text or an assistant's message, not {response!r:.80}")
+        response = response[found]
+    if not isinstance(response, str | list | Mapping | None):
+        raise RowError(f"a response must be a text or an assistant's message, not {response!r:.80}")
+    return answer(response, column)
 
 
-def _scores(responses: Sequence[Any]) -> list[Any]:
-    """The scores stored in the responses. Of ``SCORE_NAMES``, it uses the name that most responses have."""
-    entries = [response if isinstance(response, Mapping) else {} for response in responses]
+def _scores(row: Row, listed: Sequence[Any], name: str) -> list[float]:
+    """A score for each response, NaN where it has none; empty if the list goes from best to worst.
 
-    def num_scored(name: str) -> int:
-        return sum(not math.isnan(number(entry.get(name))) for entry in entries)
-
-    best = max(SCORE_NAMES, key=num_scored)
-    return [entry.get(best) for entry in entries]
+    Raises:
+        RowError: If scores are missing, or are no numbers.
+    """
+    column = decoded(row["scores"]) if "scores" in row else None
+    if not isinstance(column, list | None):
+        raise RowError(f"the scores must be a list, not {type(column).__name__}")
+    if column:
+        if any(score is not None and math.isnan(number(score)) for score in column):
+            raise RowError(f"the scores must be numbers, not {column!r:.80}")
+        if len(column) != len(listed):
+            raise RowError(f"there are {len(column)} scores for {len(listed)} responses")
+        return [number(score) for score in column]
+    entries = [response if isinstance(response, Mapping) else {} for response in listed]
+    if any(entry.get("rank") is not None for entry in entries):
+        return [-number(entry.get("rank")) for entry in entries]
+    best = max(SCORE_NAMES, key=lambda known: sum(not math.isnan(number(entry.get(known))) for entry in entries))
+    scores = [number(entry.get(best)) for entry in entries]
+    if not all(map(math.isnan, scores)):
+        return scores
+    if any(known in entry for known in SCORE_NAMES for entry in entries):
+        return scores
+    if name != "responses":
+        raise RowError(f"the {name} have no score or rank, under none of the names {', '.join((*SCORE_NAMES, 'rank'))}")
+    return []
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:

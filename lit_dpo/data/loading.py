@@ -1,0 +1,108 @@
+"""Names of sources and splits ──► tokenized pairs for training and held-out pairs, with a report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.data.formats import Reader
+from lit_dpo.data.preparation import OnBadRow, PairDataset, prepare_pairs
+from lit_dpo.data.rendering import ChatTemplate
+from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
+from lit_dpo.data.tokenization import Truncation
+from lit_dpo.files.console import library_bars
+
+
+class Loaded(NamedTuple):
+    """Training pairs and held-out pairs, where they were asked for, and lines of text about the data."""
+
+    train: PairDataset | None
+    val: PairDataset | None
+    report: list[str]
+
+
+@dataclass(frozen=True)
+class PairLoading:
+    """Loads and tokenizes the pairs of a run. For the arguments see ``PreferenceDataModule``.
+
+    Raises:
+        ValueError: If an argument is outside its range, or if arguments contradict one another.
+    """
+
+    source: str | Rows
+    split: str | None
+    val_source: str | Rows | None
+    val_split: str | None
+    val_size: float | None
+    seed: int
+    truncation: Truncation
+    reader: Reader
+    on_bad_row: OnBadRow
+    num_proc: int | None
+    template: Mapping[str, Any] = field(default_factory=dict)  # options of ChatTemplate
+
+    def __post_init__(self) -> None:
+        if self.val_size is not None and (self.val_source is not None or self.val_split is not None):
+            raise ValueError("data.val_size takes pairs from the training split: it excludes val_source and val_split.")
+        if self.val_size is not None and self.val_size <= 0:
+            raise ValueError(f"data.val_size must be positive, not {self.val_size}.")
+        if self.reader.max_responses < 2:
+            raise ValueError(f"data.max_responses must be at least 2, not {self.reader.max_responses}.")
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, trains: bool, evaluates: bool, progress_bar: bool) -> Loaded:
+        """Loads the held-out pairs and, with ``trains``, the training pairs.
+
+        Args:
+            tokenizer: The tokenizer, with its chat template.
+            trains: Whether training pairs are needed.
+            evaluates: Whether held-out pairs are needed. If not, it is no error if there are none.
+            progress_bar: Whether to show progress bars.
+
+        Raises:
+            ValueError: If held-out pairs are needed, and nothing says which they are.
+        """
+        template = ChatTemplate(tokenizer, **self.template)
+        train: PairDataset | None = None
+        report: list[str] = []
+        if trains or self.val_size is not None:
+            train, report = self._pairs(self.source, self.split, TRAIN_SPLITS, template, progress_bar)
+        if self.val_size is not None:
+            assert train is not None
+            return Loaded(*train.split_off(self.val_size, self.seed), report)
+        # A separate val_source may be a single file, with only the split "train": then all of it is held out.
+        names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
+        try:
+            val, more = self._pairs(self.val_source or self.source, self.val_split, names, template, progress_bar)
+        except SplitNotFoundError as error:
+            if not evaluates:
+                none = f"No held-out pairs: {error} None are needed, because trainer.limit_val_batches=0."
+                return Loaded(train, None, [*report, none])
+            raise ValueError(
+                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
+                "them, set trainer.limit_val_batches=0."
+            ) from error
+        return Loaded(train, val, report + more)
+
+    def _pairs(
+        self, source: str | Rows, split: str | None, defaults: tuple[str, ...], template: ChatTemplate, bar: bool
+    ) -> tuple[PairDataset, list[str]]:
+        with library_bars(bar, "datasets"):
+            rows, place = load_rows(source, split, defaults)
+        options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
+        return prepare_pairs(rows, place, template, self.truncation, self.reader, **options)
+
+
+def template_text(given: str) -> str:
+    """A chat template that is given as text or as the name of its file.
+
+    Raises:
+        FileNotFoundError: If it looks like the name of a file, and there is no such file.
+    """
+    if "{" in given or "\n" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.chat_template={given} is neither a template nor a file.")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,231 @@
+"""PreferencePair ──► text: the chat template renders the prompt and each response, and the text is cut between them."""
+
+import datetime as dt
+import json
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lit_dpo.base.tokenizer import require_chat_template
+from lit_dpo.data.formats import Message, PreferencePair, RowError
+
+THINKING_CUT = "the chat template removed the thinking from a response; data.keep_thinking=true keeps it"
+CONTROL_TOKENS = "a text contains control tokens, which are read as such"
+# Extra characters, such as a space, that a template may write between the last turn and an answer
+MOST_BETWEEN = 16
+
+
+class RejectedByTemplateError(ValueError):
+    """The chat template does not accept the messages of a row."""
+
+
+class Part(NamedTuple):
+    """A part of a response's text."""
+
+    text: str
+    trained: bool  # whether the assistant wrote it
+
+
+class Rendered(NamedTuple):
+    """The texts of a pair, and what is to be told about it."""
+
+    prompt: str
+    responses: tuple[tuple[Part, ...], ...]  # from best to worst
+    ends: tuple[bool, ...]  # whether the template wrote something after the answer, for each response
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, with the user's options.
+
+    Args:
+        tokenizer: The tokenizer.
+        kwargs: Arguments to the template. A row's own arguments win over them.
+        pretemplated: Whether prompts and responses are rendered texts already, to be taken as they are.
+        keep_thinking: Whether to put back the thinking that the template removes from an answer.
+        date: The date that a template writes, as ``2026-01-31``; None for today.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template and the texts are not rendered already, or for a wrong date.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pretemplated: bool = False
+    keep_thinking: bool = False
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pretemplated:
+            require_chat_template(self.tokenizer)
+        if self.date is not None:
+            try:
+                dt.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(f"data.date must be a date such as 2026-01-31, not {self.date!r}.") from error
+            if "strftime_now(" in str(self._text):
+                raise ValueError("data.date cannot be set: the chat template computes the format of the date.")
+
+    @property
+    def identity(self) -> str:
+        """All that the rendered texts depend on besides the row, as text."""
+        template = "" if self.pretemplated else self._text
+        return json.dumps([template, dict(self.kwargs), self.pretemplated, self.keep_thinking], default=str)
+
+    def __call__(self, pair: PreferencePair) -> Rendered:
+        """The texts of a pair.
+
+        Raises:
+            RowError: If the texts are rendered already but ``pretemplated`` is not set, or the other way round.
+            RejectedByTemplateError: If the template rejects the messages, or if no boundary can be found.
+        """
+        if self.pretemplated:
+            return self._as_it_is(pair)
+        notes = set()
+        texts = [str(turn["content"]) for turn in (*pair.prompt, *(turn for r in pair.responses for turn in r))]
+        if any(map(self._control.search, texts)):
+            if self._control.match(texts[0].lstrip()) and len(pair.prompt) == 1:
+                raise RowError(
+                    f"the prompt begins with {texts[0].lstrip()[:30]!r}: it is rendered by a chat template already. To "
+                    "take the texts as they are, set data.pretemplated=true"
+                )
+            notes.add(CONTROL_TOKENS)
+        generation = self._render(pair, [], generate=True)
+        conversations = [self._render(pair, response) for response in pair.responses]
+        # With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt
+        # then is the common prefix of the generation text and all conversations, with the whole last user turn.
+        prompt = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
+        if prompt == generation or prompt.startswith(self._render(pair, [])):
+            starts = [len(prompt)] * len(conversations)
+        else:
+            prompt = generation
+            starts = [self._start(pair, generation, text) for text in conversations]
+        responses, ends = [], []
+        for response, conversation, start in zip(pair.responses, conversations, starts, strict=True):
+            parts = self._parts(pair, response, conversation, start)
+            last = str(response[-1]["content"])
+            if "</think>" in last and last.strip() not in conversation:
+                notes.add(THINKING_CUT)
+                if self.keep_thinking:
+                    notes.remove(THINKING_CUT)
+                    spoken = last.rsplit("</think>", 1)[1].strip()
+                    before, _, after = parts[-1].text.rpartition(spoken) if spoken else ("", "", parts[-1].text)
+                    parts[-1] = Part(before + last + after, trained=True)
+            responses.append(tuple(parts))
+            ends.append(bool(response[-1].get("tool_calls")) or not parts[-1].text.rstrip().endswith(last.rstrip()))
+        return Rendered(prompt, tuple(responses), tuple(ends), tuple(sorted(notes)))
+
+    def _as_it_is(self, pair: PreferencePair) -> Rendered:
+        """The texts of a pair that is rendered already."""
+        if len(pair.prompt) > 1 or any(len(response) > 1 for response in pair.responses):
+            raise RowError("data.pretemplated=true takes texts, but the row has lists of messages")
+        parts = tuple((Part(str(response[0]["content"]), trained=True),) for response in pair.responses)
+        return Rendered(str(pair.prompt[0]["content"]), parts, (True,) * len(parts), ())
+
+    def _render(self, pair: PreferencePair, answer: Sequence[Message], generate: bool = False) -> str:
+        """The conversation of the pair's prompt and an answer."""
+        turns = [*pair.prompt, *answer]
+        if self._arguments_are_text and any("tool_calls" in turn for turn in turns):
+            turns = [_with_text_arguments(turn) for turn in turns]
+        return self._apply(turns, pair.tools, {**self.kwargs, **pair.template_kwargs}, generate)
+
+    def _apply(self, turns: Sequence[Message], tools: Sequence[Any], kwargs: Mapping[str, Any], generate: bool) -> str:
+        options = {**kwargs, "tools": list(tools) or None, "tokenize": False, "add_generation_prompt": generate}
+        if isinstance(self._text, str):
+            options["chat_template"] = self._text
+        try:
+            return str(self.tokenizer.apply_chat_template(list(turns), **options))
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise RejectedByTemplateError(
+                f"the chat template rejects the messages: {error or type(error).__name__}"
+            ) from error
+
+    def _start(self, pair: PreferencePair, generation: str, conversation: str) -> int:
+        """Where the answer starts in a conversation that does not begin with the rendered prompt.
+
+        Some templates write the system message only into a last user turn. What two different answers have in common
+        ends where an answer starts. Before it, conversation and generation text must both have the last user turn.
+        """
+        first, second = (self._render(pair, [{"role": "assistant", "content": text}]) for text in ("1", "2"))
+        head = os.path.commonprefix([first, second])  # noqa: RUF071
+        last = str(pair.prompt[-1]["content"]).strip()
+        for extra in range(min(MOST_BETWEEN, len(head))):
+            cut = len(head) - extra
+            shared = os.path.commonprefix([head[:cut][::-1], generation[::-1]])[::-1]  # noqa: RUF071
+            if last in shared and conversation.startswith(head[:cut]):
+                return cut
+        raise RejectedByTemplateError(
+            "a conversation rendered by the chat template does not begin with the rendered prompt: the prompt ends "
+            f"with {generation[-60:]!r}, the conversation continues differently"
+        )
+
+    def _parts(self, pair: PreferencePair, response: list[Message], conversation: str, start: int) -> list[Part]:
+        """The response's text, cut where another than the assistant begins or ends to speak.
+
+        Raises:
+            RejectedByTemplateError: If the template writes an earlier turn differently once later turns follow.
+        """
+        if len(response) == 1:
+            return [Part(conversation[start:], trained=True)]
+        parts: list[Part] = []
+        place = start
+        for turn, message in enumerate(response):
+            is_last = turn == len(response) - 1
+            end = conversation if is_last else self._render(pair, response[: turn + 1])
+            if not is_last and response[turn + 1]["role"] == "assistant" and message["role"] != "assistant":
+                opened = self._render(pair, response[: turn + 1], generate=True)
+                end = os.path.commonprefix([opened, conversation])  # noqa: RUF071
+            if not conversation.startswith(end):
+                raise RejectedByTemplateError(
+                    "the chat template writes a turn of a response differently once later turns follow, so the turns "
+                    "cannot be told apart"
+                )
+            parts.append(Part(conversation[place : len(end)], trained=message["role"] == "assistant"))
+            place = len(end)
+        return parts
+
+    @cached_property
+    def _text(self) -> Any:
+        """The template, or several by name, with the date in the place of each call that asks for it."""
+        text = self.tokenizer.chat_template
+        if not isinstance(text, str):
+            return text
+        date = dt.date.today() if self.date is None else dt.date.fromisoformat(self.date)
+        return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(date.strftime(call[2])), text)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Matches the tokenizer's special tokens."""
+        tokens = sorted({str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special})
+        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    @cached_property
+    def _arguments_are_text(self) -> bool:
+        """Whether the template takes the arguments of a tool call as text. Most take a dict."""
+        call = {"type": "function", "id": "abc123def", "function": {"name": "f", "arguments": {"key": "value"}}}
+        user = {"role": "user", "content": "?"}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for message, is_text in ((turn, False), (_with_text_arguments(turn), True)):
+            try:
+                rendered = self._apply([user, message], [], self.kwargs, generate=False)
+            except RejectedByTemplateError:
+                continue
+            if re.search(r'\{\s*"key":\s*"value"\s*\}', rendered):
+                return is_text
+        return False
+
+
+def _with_text_arguments(turn: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in turn.get("tool_calls", [])
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
