@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 _SESSION = tempfile.TemporaryDirectory(prefix="lit_dpo-tests-")
-# The processes of pytest-xdist each have a folder of their own, but for the embedded model, which takes half a minute.
+# The processes of pytest-xdist each have a folder of their own, but for the embedded model: its conversion is shared.
 SHARED = Path(os.environ.setdefault("LIT_DPO_TESTS_SHARED", _SESSION.name))
 os.environ["LIT_DPO_CACHE"] = f"{_SESSION.name}/cache"
 os.environ["HF_DATASETS_CACHE"] = f"{_SESSION.name}/datasets"

@@ -1,11 +1,14 @@
 """A GGUF file ──► a safetensors folder in the cache. It is converted once and loads in 4 bits like any other model."""
 
+import functools
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from gguf import GGUFReader
+import gguf as library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,11 +28,11 @@ def convert(gguf: Path) -> Path:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    say(f"Converting {gguf.name} to safetensors, once (about half a minute) ...")
+    say(f"Converting {gguf.name} to safetensors, once (about 15 seconds) ...")
     verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity_error()
-        with library_bars(False, "transformers"):
+        with library_bars(False, "transformers"), _each_read_once():
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer.eos_token = _eos_token(gguf)  # some releases of transformers take the token that begins a turn
@@ -51,8 +54,25 @@ def convert(gguf: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _each_read_once() -> Iterator[None]:
+    """Lets the ``gguf`` package remember what it read.
+
+    transformers reads the header for the config, the weights and the tokenizer, and maps the names of the tensors for
+    each module of the model. Both take most of the time of a conversion.
+    """
+    originals = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, original in originals.items():
+        setattr(library, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(library, name, original)
+
+
 def _eos_token(gguf: Path) -> str:
     """The end-of-sequence token that a GGUF file names."""
-    fields = GGUFReader(gguf).fields
+    fields = library.GGUFReader(str(gguf)).fields
     index = int(fields["tokenizer.ggml.eos_token_id"].contents())
     return str(fields["tokenizer.ggml.tokens"].contents(index))

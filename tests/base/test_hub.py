@@ -13,7 +13,7 @@ from datasets import Dataset
 from tests.base.hub_server import serve_hub
 from tests.tiny import made_up_rows
 
-MODEL, DATA = "org/tiny", "org/prefs"
+MODEL, DATA, ABSENT = "org/tiny", "org/prefs", "org/absent"
 DATA_CARD = """---
 configs:
 - config_name: default
@@ -41,10 +41,29 @@ def endpoint(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield url
 
 
-def fit(data: str, endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Trains two steps in ``folder``, in a process of its own with empty caches."""
+ASK = """
+import sys
+from lit_dpo.__main__ import main
+for data in {data}:
+    sys.argv = ["lit_dpo", "fit", *{arguments}, "--data.source", data]
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code
+    print("status", status, data, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Folder, and lines of errors, of a process that starts with empty caches.
+
+    It trains two steps, first with a data set that is not there, and then with one that is.
+    """
+    folder = tmp_path_factory.mktemp("hub")
     arguments = [
-        *("--model.base", MODEL, "--model.quantization", "null", "--data.source", data, "--data.batch_size", "2"),
+        *("--model.base", MODEL, "--model.quantization", "null", "--data.batch_size", "2"),
         *("--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "2"),
         *("--samples.num_prompts", "1", "--samples.max_new_tokens", "4"),
         *("--model.reference", "AnotherModel", "--model.reference.base", MODEL),  # in 4 bits, its default
@@ -63,21 +82,22 @@ def fit(data: str, endpoint: str, folder: Path) -> subprocess.CompletedProcess[s
         "HF_HUB_DISABLE_XET": "1",
         "LIT_DPO_CACHE": str(folder / "cache"),
     }
-    command = [sys.executable, "-m", "lit_dpo", "fit", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", ASK.format(data=[ABSENT, DATA], arguments=arguments)]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return folder, ran.stderr.splitlines()
 
 
-def test_fit_with_model_and_data_of_the_hub(endpoint: str, tmp_path: Path) -> None:
-    run = fit(DATA, endpoint, tmp_path)
-    assert run.returncode == 0, run.stderr
-    adapter = tmp_path / "runs" / "dpo" / "version_0" / "adapter"
+def test_fit_with_model_and_data_of_the_hub(run: tuple[Path, list[str]]) -> None:
+    folder, errors = run
+    assert errors[-1] == f"status 0 {DATA}", errors
+    (adapter,) = folder.glob("runs/dpo/*/adapter")
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == MODEL
 
 
-def test_an_unknown_data_set_is_told_in_a_line(endpoint: str, tmp_path: Path) -> None:
-    run = fit("org/absent", endpoint, tmp_path)
-    assert run.returncode == 1, run.stderr
-    assert "Traceback" not in run.stderr
-    last = run.stderr.splitlines()[-1]
+def test_an_unknown_data_set_is_told_in_a_line(run: tuple[Path, list[str]]) -> None:
+    _, errors = run
+    end = errors.index(f"status 1 {ABSENT}")
+    last = errors[end - 1]
     assert last.startswith("error:")
-    assert "org/absent" in last
+    assert ABSENT in last

@@ -95,25 +95,25 @@ def test_a_template_that_raises_is_told_with_the_row(
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
-def test_an_encoding_without_boxes_ends_no_run(tiny: list[str], encoding: str) -> None:  # noqa: F811
+def test_results_alone_are_shown_without_boxes_and_without_a_progress_bar(
+    tiny: list[str],  # noqa: F811
+    encoding: str,
+    tmp_path: Path,
+) -> None:
+    """An encoding that has no boxes ends no run, and ``tiny`` switches the bar off."""
+    caches = {"LIT_DPO_CACHE": str(tmp_path / "a"), "HF_DATASETS_CACHE": str(tmp_path / "b")}
     ran = subprocess.run(
-        [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "1"],
-        env={**environment(), "PYTHONIOENCODING": encoding},
+        [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "2"],
+        env={**environment(), **caches, "PYTHONIOENCODING": encoding},
         capture_output=True,
         check=True,
     )
-    assert b" | aligned" in ran.stdout
-    assert "│" not in ran.stdout.decode(encoding)
-    assert b"UnicodeEncodeError" not in ran.stderr
+    printed, errors = ran.stdout.decode(encoding), ran.stderr.decode(encoding)
+    assert " | aligned" in printed
+    assert "│" not in printed
+    for sign in ("UnicodeEncodeError", "it/s", "examples/s", "pair/s", "%|", "step 1/2"):
+        assert sign not in errors, sign
     assert Path("runs/dpo/version_0/samples.md").read_text(encoding="utf-8")
-
-
-def test_without_a_progress_bar_nothing_is_shown_but_results(tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
-    command = [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "2"]  # tiny switches the bar off
-    shared = environment() | {"LIT_DPO_CACHE": str(tmp_path / "a"), "HF_DATASETS_CACHE": str(tmp_path / "b")}
-    quiet = subprocess.run(command, env=shared, capture_output=True, text=True, check=True).stderr
-    for sign in ("it/s", "examples/s", "pair/s", "%|", "step 1/2"):
-        assert sign not in quiet, sign
 
 
 def test_a_long_wait_shows_its_progress(
