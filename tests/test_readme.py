@@ -156,9 +156,10 @@ TRIED = {
         "assert Squared(0.5)(logps, logps).item() == 1.0",
     ],
     "formats": [
-        "from lit_dpo.data.formats import read_pair",
-        "pair = read_pair({'prompt': 'p', 'answer_0': 'a', 'answer_1': 'b', 'better': 1})",
-        "assert (pair.chosen['content'], pair.rejected['content']) == ('b', 'a')",
+        "from lit_dpo.data.formats import Reader",
+        "format, pair, unread = Reader()({'prompt': 'p', 'answer_0': 'a', 'answer_1': 'b', 'better': 1})",
+        "assert (format, unread) == ('labelled', ())",
+        "assert (pair.chosen[0]['content'], pair.rejected[0]['content']) == ('b', 'a')",
     ],
     "commands": [
         "import torch, lit_dpo.cli.app",
