@@ -26,9 +26,12 @@ class PreferenceDataModule(LightningDataModule):
     reported, and so are columns that are not read.
 
     Args:
-        source: Training data: a hub id; a JSONL, JSON, Parquet or CSV file; a folder of such files;
-            ``package:NAME/FOLDER``; or a ``datasets.Dataset``.
+        source: Training data: a hub id; a JSONL, JSON, Parquet, Arrow, CSV or TSV file, perhaps compressed; a pattern
+            of file names; an address such as ``s3://…``; a folder of such files; ``package:NAME/FOLDER``; or a
+            ``datasets.Dataset``.
         split: Split to train on; by default ``train_prefs`` if it exists, else ``train``.
+        subset: Subset (configuration) of a data set on the hub.
+        revision: Revision of a data set on the hub.
         val_source: Source of the held-out pairs; by default the same as ``source``.
         val_split: Split of the held-out pairs; by default the first that exists of ``test_prefs``, ``validation`` and
             ``test``.
@@ -69,6 +72,8 @@ class PreferenceDataModule(LightningDataModule):
         self,
         source: str | Rows = "HuggingFaceH4/ultrafeedback_binarized",
         split: str | None = None,
+        subset: str | None = None,
+        revision: str | None = None,
         val_source: str | Rows | None = None,
         val_split: str | None = None,
         val_size: float | None = None,
@@ -99,7 +104,7 @@ class PreferenceDataModule(LightningDataModule):
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError("data.batch_size and data.eval_batch_size must be at least 1.")
         self.loading = PairLoading(
-            *(source, split, val_source, val_split, val_size, seed),
+            *(source, split, subset, revision, val_source, val_split, val_size, seed),
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
             Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn),
             *(on_bad_row, num_proc),
@@ -108,6 +113,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         chat_template = None if chat_template is None else template_text(chat_template)
         self.chat_template = chat_template
+        self.max_responses = max_responses
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.shuffle, self.seed = num_workers, shuffle, seed
         self.tokenizer = tokenizer

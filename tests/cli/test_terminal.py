@@ -91,7 +91,8 @@ def test_a_template_that_raises_is_told_with_the_row(
     source = write_jsonl(tmp_path / "pairs.jsonl", made_up_rows(8))
     arguments = ["--model.base", base, "--data.source", source, "--data.val_size", "2", "--trainer.accelerator", "cpu"]
     line = failed(["fit", *arguments], monkeypatch, capfd)
-    assert line == f"error: {source}, row 3: the chat template rejects the messages: no threes."
+    remedy = "To leave out such rows, set data.on_bad_row=drop."
+    assert line == f"error: {source}, row 3: the chat template rejects the messages: no threes. {remedy}"
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])

@@ -131,8 +131,6 @@ OBJECTIVES = dict(zip(STEPS_LOSSES, (Sigmoid(BETA), IPO(BETA), APOZero(BETA)), s
     ("name", "steps"),
     [
         ("sigmoid", 20),
-        ("ipo", 10),
-        ("apo_zero", 10),
         pytest.param("ipo", 20, marks=pytest.mark.slow),
         pytest.param("apo_zero", 20, marks=pytest.mark.slow),
     ],
