@@ -1,6 +1,7 @@
 """PreferenceDataModule, the ``LightningDataModule``: loads preference pairs and gives each rank its batches."""
 
 import signal
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import MultiTurn, Reader
 from lit_dpo.data.loading import PairLoading, template_text
 from lit_dpo.data.preparation import OnBadRow, PairDataset
@@ -50,6 +52,7 @@ class PreferenceDataModule(LightningDataModule):
         date: The date that a template writes, as ``2026-01-31``; by default today.
         on_bad_row: What to do with a row that cannot be read or that the template rejects: ``stop``, or ``drop`` it and
             count it.
+        filters: What to leave out besides: ties, duplicates, contradictions, prompts that are also held out, and more.
         max_length: Maximum number of tokens of the prompt and one response together; ``null`` sets no limit.
         max_prompt_length: Maximum number of tokens of a prompt. A longer prompt keeps its end.
         max_response_length: Maximum number of tokens of a response. A longer response keeps its beginning.
@@ -87,6 +90,7 @@ class PreferenceDataModule(LightningDataModule):
         keep_thinking: bool = False,
         date: str | None = None,
         on_bad_row: OnBadRow = "stop",
+        filters: Filters = Filters(),  # noqa: B008  it is frozen
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
@@ -107,6 +111,7 @@ class PreferenceDataModule(LightningDataModule):
             *(source, split, subset, revision, val_source, val_split, val_size, seed),
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
             Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn),
+            Filters(**filters) if isinstance(filters, dict) else filters,  # a checkpoint holds a dict
             *(on_bad_row, num_proc),
             {"kwargs": chat_template_kwargs or {}, "pretemplated": pretemplated}
             | {"keep_thinking": keep_thinking, "date": date},
@@ -122,6 +127,7 @@ class PreferenceDataModule(LightningDataModule):
         self._resume_at = (-1, 0)
         self._stored_order: dict[str, int | bool] | None = None
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
+        filters = asdict(self.loading.filters)  # type: ignore[assignment]
         objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
         self.save_hyperparameters(ignore=[n for n, value in objects.items() if not isinstance(value, str | None)])
 

@@ -30,7 +30,18 @@ FLOORS = {
     "__main__": 10,
 }
 LOOSE = {"__init__.py", "__main__.py", "module.py", "datamodule.py"}  # files at the package's top
-WAY = ["formats", "rendering", "tokenization", "batch", "sampler", "file_kinds", "sources", "preparation", "loading"]
+WAY = [
+    "formats",
+    "filters",
+    "rendering",
+    "tokenization",
+    "batch",
+    "sampler",
+    "file_kinds",
+    "sources",
+    "preparation",
+    "loading",
+]
 
 
 def room(module: str) -> str:

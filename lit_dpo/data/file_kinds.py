@@ -50,7 +50,8 @@ def read_files(files: Sequence[str], source: str) -> "Dataset":
         raise ValueError(f"{source}: {names} are files of several kinds. Give files of one kind.")
     (builder,) = builders
     try:
-        options = {"json": _json_options, "csv": _csv_options}.get(builder, lambda file, source: {})(files[0], source)
+        find_options = {"json": _json_options, "csv": _csv_options}.get(builder)
+        options = {} if find_options is None else find_options(files[0])
         return load_dataset(builder, data_files=list(files), split="train", **options)
     except (DatasetGenerationError, OSError, ValueError) as error:
         where = _broken_line(files) if builder == "json" else None
@@ -64,7 +65,7 @@ def _open(file: str) -> IO[str]:
     return opener(file, "r", compression="infer", encoding="utf-8-sig").open()  # type: ignore[no-any-return]
 
 
-def _csv_options(file: str, source: str) -> dict[str, Any]:
+def _csv_options(file: str) -> dict[str, Any]:
     """Keeps texts such as "N/A" as they are, and finds the separator of the columns."""
     with _open(file) as text:
         sample = text.read(SAMPLE)
@@ -76,7 +77,7 @@ def _csv_options(file: str, source: str) -> dict[str, Any]:
     return {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
 
 
-def _json_options(file: str, source: str) -> dict[str, Any]:
+def _json_options(file: str) -> dict[str, Any]:
     """Finds the list of rows in a JSON object.
 
     Raises:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_dpo.data.filters import LEAKED, Filters
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.preparation import OnBadRow, PairDataset, prepare_pairs
+from lit_dpo.data.preparation import OnBadRow, PairDataset, prepare_pairs, told
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Truncation
@@ -41,6 +43,7 @@ class PairLoading:
     seed: int
     truncation: Truncation
     reader: Reader
+    filters: Filters
     on_bad_row: OnBadRow
     num_proc: int | None
     template: Mapping[str, Any] = field(default_factory=dict)  # options of ChatTemplate
@@ -85,7 +88,17 @@ class PairLoading:
                 f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
                 "them, set trainer.limit_val_batches=0."
             ) from error
-        return Loaded(train, val, report + more)
+        report += more
+        if train is not None:
+            leaked = np.isin(train.digests("prompt_key"), val.digests("prompt_key"))
+            report += told(train, LEAKED, leaked, self.filters.leaks)
+            if self.filters.leaks == "drop" and leaked.all():
+                raise ValueError(
+                    f"{train.source}: every prompt is also held out. Hold out other pairs (data.val_size)."
+                )
+            if self.filters.leaks == "drop":
+                train = train.select(~leaked)
+        return Loaded(train, val, report)
 
     def _pairs(
         self, source: str | Rows, split: str | None, defaults: tuple[str, ...], template: ChatTemplate, bar: bool
@@ -95,7 +108,7 @@ class PairLoading:
             place_on_hub = (self.subset, self.revision) if source is self.source else (None, None)
             rows, place = load_rows(source, split, defaults, *place_on_hub)
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
-        return prepare_pairs(rows, place, template, self.truncation, self.reader, **options)
+        return prepare_pairs(rows, place, template, self.truncation, self.reader, self.filters, **options)
 
 
 def template_text(given: str) -> str:

@@ -3,9 +3,8 @@
 import hashlib
 import json
 from array import array
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.filters import Action, Filters
 from lit_dpo.data.formats import Reader, Reading, RowError
 from lit_dpo.data.rendering import ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
@@ -103,26 +103,27 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         Raises:
             ValueError: If either part would be empty.
         """
-        groups: dict[bytes, list[int]] = defaultdict(list)
-        for index in self.indices:
-            prompt = self.columns[index]["prompt"]
-            groups[hashlib.sha256(json.dumps(prompt).encode()).digest()].append(index)
+        # Groups of the same prompt, numbered in the order of their first pairs
+        _, first, group = np.unique(self.digests("prompt_key"), return_index=True, return_inverse=True)
+        group = np.argsort(np.argsort(first))[group]
         wanted = round(size * len(self)) if size < 1 else int(size)
-        held_out: set[int] = set()
-        members = list(groups.values())
-        for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
-            if len(held_out) >= wanted:
-                break
-            held_out.update(members[group])
-        if not 0 < len(held_out) < len(self):
+        order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
+        number = int(np.searchsorted(np.bincount(group)[order].cumsum(), wanted)) + 1
+        held_out = np.isin(group, order[:number])
+        if not 0 < held_out.sum() < len(self):
             raise ValueError(
-                f"data.val_size={size} would hold out {len(held_out)} of the {len(self)} pairs of {self.source}."
+                f"data.val_size={size} would hold out {held_out.sum()} of the {len(self)} pairs of {self.source}."
             )
-        kept = [index for index in self.indices if index not in held_out]
-        return (
-            PairDataset(self.columns, kept, self.source),
-            PairDataset(self.columns, sorted(held_out), self.source),
-        )
+        return self.select(~held_out), self.select(held_out)
+
+    def select(self, mask: np.ndarray) -> "PairDataset":
+        """The pairs for which the mask, (P,), is true."""
+        return PairDataset(self.columns, _index_array(np.asarray(self.indices)[mask]), self.source)
+
+    def digests(self, name: str) -> np.ndarray:
+        """A column of 16-byte digests of all pairs, (P,): ``key``, ``swapped_key`` or ``prompt_key``."""
+        column = self.columns.data.column(name).take(np.asarray(self.indices, np.int64)).combine_chunks()
+        return np.frombuffer(b"".join(column.to_pylist()), "S16")
 
 
 def cache_features() -> "Features":
@@ -142,6 +143,8 @@ def cache_features() -> "Features":
             "row": Value("int64"),
             "num_tokens": Value("int32"),
             "key": Value("binary"),  # TokenizedPair.key
+            "swapped_key": Value("binary"),  # the same with the responses in the other order
+            "prompt_key": Value("binary"),  # digest of the prompt's ids
             "reason": Value("string"),  # why the pair is left out; "" if it is kept
             "format": Value("string"),  # name of the row's format
             "notes": ListOf(Value("string")),  # what is to be told of a pair that is kept
@@ -156,6 +159,7 @@ def prepare_pairs(
     template: ChatTemplate,
     truncation: Truncation,
     reader: Reader | None = None,
+    filters: Filters | None = None,
     *,
     on_bad_row: OnBadRow = "stop",
     num_proc: int | None = None,
@@ -173,6 +177,7 @@ def prepare_pairs(
         template: Chat template, with its tokenizer.
         truncation: Length limits, and what to do with longer pairs.
         reader: Reads rows; by default any known format.
+        filters: Leaves out pairs that could be trained on; by default none. Its ``leaks`` are not looked at here.
         on_bad_row: What to do with a row in no known format, or that the chat template rejects: ``stop``, or ``drop``
             it and count it.
         num_proc: Number of processes that tokenize; None tokenizes in this process.
@@ -185,8 +190,8 @@ def prepare_pairs(
         ValueError: If a row cannot be read and ``on_bad_row`` is ``stop`` (the message names the row), or if no pair is
             left.
     """
-    reader = Reader() if reader is None else reader
-    how = [asdict(truncation), asdict(reader), template.identity, on_bad_row]
+    reader, filters = reader or Reader(), filters or Filters()
+    how = [asdict(truncation), asdict(reader), asdict(filters), template.identity, on_bad_row]
     key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(template.tokenizer), *how])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
@@ -200,6 +205,7 @@ def prepare_pairs(
                 "template": template,
                 "truncation": truncation,
                 "reader": reader,
+                "filters": filters,
                 "on_bad_row": on_bad_row,
             },
             remove_columns=rows.column_names,
@@ -211,9 +217,33 @@ def prepare_pairs(
             desc=f"Tokenizing {source}",
         )
     kept, report = _report(columns, source)
-    if not kept:
+    pairs = PairDataset(columns, kept, source)
+    if kept:
+        found = filters.of_set(pairs.digests("key"), pairs.digests("swapped_key"))
+        left = np.ones(len(pairs), bool)
+        for what, (action, rows) in found.items():
+            report += told(pairs, what, rows, action)
+            left &= ~rows | (action == "keep")
+        pairs = pairs.select(left)
+    if not len(pairs):
         raise ValueError("\n".join([f"{source}: no usable pair is left.", *report]))
-    return PairDataset(columns, kept, source), report
+    return pairs, report
+
+
+def told(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> list[str]:
+    """A line of the report about some of the pairs; none if there are none.
+
+    Args:
+        pairs: All pairs.
+        what: What is said of the pairs that were found.
+        found: Which pairs were found, (P,) bool.
+        action: Whether they are left out.
+    """
+    if not found.any():
+        return []
+    first = pairs.columns[int(pairs.indices[int(found.argmax())])]["row"]
+    verb = "left out " if action == "drop" else ""
+    return [f"{pairs.source}: {verb}{found.sum()} of {len(pairs)} pairs: {what} (first: row {first})"]
 
 
 def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
@@ -234,8 +264,12 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
         f"{source}: {count} of {total} pairs: {note} (first: row {first})"
         for note, (count, first) in sorted(notes.items())
     ]
-    is_kept = columns.data.column("reason").to_numpy() == ""
-    return array("q", np.flatnonzero(is_kept).tobytes()), report
+    return _index_array(np.flatnonzero(columns.data.column("reason").to_numpy() == "")), report
+
+
+def _index_array(indices: np.ndarray) -> "array[int]":
+    """Row numbers as Python's compact array, whose items are plain integers."""
+    return array("q", indices.astype(np.int64).tobytes())
 
 
 def _counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
@@ -260,11 +294,12 @@ def _prepare_row(
     template: ChatTemplate,
     truncation: Truncation,
     reader: Reader,
+    filters: Filters,
     on_bad_row: OnBadRow,
 ) -> dict[str, Any]:
     """Turns one source row into one row of the cached data set."""
     reading = Reading("", "", ())
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     result: TokenizedPair | str
     try:
         reading = reader(row)
@@ -272,8 +307,9 @@ def _prepare_row(
             result = reading.result
         else:
             rendered = template(reading.result)
-            notes = rendered.notes
-            result = truncation(tokenize(rendered, template.tokenizer, reading.result.scores))
+            unwanted, notes = filters.of_row(reading.result)
+            notes += rendered.notes
+            result = unwanted or truncation(tokenize(rendered, template.tokenizer, reading.result.scores))
     except (RowError, RejectedByTemplateError) as error:
         if on_bad_row == "stop":
             raise ValueError(
@@ -293,9 +329,11 @@ def _prepare_row(
         "row": index,
         "num_tokens": pair.num_tokens,
         "key": pair.key,
+        "swapped_key": replace(pair, chosen=pair.rejected, rejected=pair.chosen, runs=pair.runs[::-1]).key,
+        "prompt_key": TokenizedPair(pair.prompt, [], []).key,
         "reason": reason,
         "format": reading.format,
-        "notes": [] if reason else list(notes),
+        "notes": [] if reason else notes,
         "unread": list(reading.unread),
     }
 

@@ -106,7 +106,7 @@ def _open(source: str, subset: str | None, revision: str | None) -> Any:
             raise FileNotFoundError(f"{source} is a folder without any {', '.join(BUILDERS)} file.")
         return files
     if glob.has_magic(source):
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if builder_of(name))
+        found = sorted(name for name in glob.glob(str(path), recursive=True) if builder_of(name))  # noqa: PTH207
         if not found:
             raise FileNotFoundError(f"data source {source}: no file of a known kind has such a name.")
         return {"train": found}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,11 +25,11 @@ API = re.compile(
 
 
 class HubError(Exception):
-    """An answer with the status 404; ``code`` tells what was not found."""
+    """An answer with an error; ``code`` tells what was not found or not allowed."""
 
-    def __init__(self, code: str, commit: str | None = None) -> None:
+    def __init__(self, code: str, commit: str | None = None, status: HTTPStatus = HTTPStatus.NOT_FOUND) -> None:
         super().__init__(code)
-        self.code, self.commit = code, commit
+        self.code, self.commit, self.status = code, commit, status
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,13 @@ class HubServer(ThreadingHTTPServer):
 
     Args:
         repositories: By kind (``models`` or ``datasets``) and name.
+        gated: Names of repositories whose files need a token.
     """
 
     daemon_threads = False
 
-    def __init__(self, repositories: dict[tuple[str, str], Repository]) -> None:
-        self.repositories = repositories
+    def __init__(self, repositories: dict[tuple[str, str], Repository], gated: Collection[str]) -> None:
+        self.repositories, self.gated = repositories, gated
         super().__init__(("127.0.0.1", 0), HubHandler)
 
     @property
@@ -161,7 +162,7 @@ class HubHandler(BaseHTTPRequestHandler):
             except HubError as error:
                 body = json.dumps({"error": error.code}).encode()
                 self._send(
-                    HTTPStatus.NOT_FOUND,
+                    error.status,
                     body,
                     {"X-Error-Code": error.code, "X-Error-Message": error.code},
                     error.commit,
@@ -189,6 +190,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def _send_file(self, kind: str | None, repo: str, revision: str, path: str) -> None:
         repository = self.server.find("datasets" if kind else "models", repo, unquote(revision))
         path = unquote(path)
+        if repo in self.server.gated:
+            raise HubError("GatedRepo", repository.commit, HTTPStatus.UNAUTHORIZED)
         if path not in repository.blobs:
             raise HubError("EntryNotFound", repository.commit)
         content = (repository.folder / path).read_bytes()
@@ -222,12 +225,13 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_hub(models: dict[str, Path], datasets: dict[str, Path]) -> Iterator[str]:
+def serve_hub(models: dict[str, Path], datasets: dict[str, Path], gated: Collection[str] = ()) -> Iterator[str]:
     """Serves folders as the repositories of a hub, from this process.
 
     Args:
         models: Folder of each model repository, by its id.
         datasets: Folder of each data set repository, by its id.
+        gated: Ids of repositories whose files need a token.
 
     Yields:
         The value for ``HF_ENDPOINT``, which must be set before ``huggingface_hub`` is imported.
@@ -236,7 +240,7 @@ def serve_hub(models: dict[str, Path], datasets: dict[str, Path]) -> Iterator[st
     repositories = {
         (kind, name): Repository.read(folder) for kind, folders in kinds.items() for name, folder in folders.items()
     }
-    with HubServer(repositories) as server:
+    with HubServer(repositories, gated) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

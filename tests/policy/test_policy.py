@@ -70,7 +70,7 @@ SHORT = [(1, 1, 1), (7, 5, 5), (7, 5, 5), (1, 2, 1), (2, 1, 3), (3, 1, 1), (1, 1
 
 
 def test_on_the_embedded_model(embedded_base: str) -> None:
-    """16 pairs in one flat row against each pair by itself in padded rows, with transformers' own attention."""
+    """16 pairs in one flat row against padded rows of one response each, with transformers' own attention."""
     flat = tiny_policy(embedded_base, "flat", recompute=True)
     padded = tiny_policy(embedded_base, "padded")
     pairs = random_pairs([*PECULIAR, *SHORT], vocabulary=40_000)
@@ -82,11 +82,11 @@ def test_on_the_embedded_model(embedded_base: str) -> None:
     flat.recomputation._switch(False)
     assert_same(adapter_gradients(flat, few), recomputed, SMOLLM2)
     expected = []
-    for pair in pairs:
-        own = padded.logps(PairBatch.from_pairs([pair]))
+    for few_pairs in (pairs[:7], pairs[7:8], pairs[8:]):  # each response is a row of its own, padded at its end
+        own = padded.logps(PairBatch.from_pairs(few_pairs))
         (own.chosen.sum() - 0.5 * own.rejected.sum()).backward()
-        expected.append(torch.cat([own.chosen, own.rejected]).detach())
-    assert_same(found, torch.stack(expected), SMOLLM2)
+        expected.append(torch.stack([own.chosen, own.rejected], dim=1).detach())
+    assert_same(found, torch.cat(expected), SMOLLM2)
     assert_same(gradients, gradients_of(padded), SMOLLM2)
 
 
