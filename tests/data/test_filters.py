@@ -36,7 +36,7 @@ SCORED = [scored(3, 3, "a"), scored(3, 2.5, "b"), scored(1, 2, "c"), scored(5, 1
 @pytest.mark.parametrize(
     ("options", "kept", "report"),
     [
-        ({}, [0, 1, 2, 3], [f"1 of 4 pairs: {TIED} (first: row 0)", f"1 of 4 pairs: {AGAINST} (first: row 2)"]),
+        ({}, [0, 1, 2, 3], [f"1 of 4 pairs: {AGAINST} (first: row 2)", f"1 of 4 pairs: {TIED} (first: row 0)"]),
         (
             {"ties": "drop"},
             [1, 2, 3],
