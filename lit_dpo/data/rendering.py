@@ -17,6 +17,7 @@ from lit_dpo.data.formats import Message, PreferencePair, RowError
 
 THINKING_CUT = "the chat template removed the thinking from a response; data.keep_thinking=true keeps it"
 CONTROL_TOKENS = "a text contains control tokens, which are read as such"
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
 # Extra characters, such as a space, that a template may write between the last turn and an answer
 MOST_BETWEEN = 16
 
@@ -111,6 +112,9 @@ class ChatTemplate:
         for response, conversation, start in zip(pair.responses, conversations, starts, strict=True):
             parts = self._parts(pair, response, conversation, start)
             last = str(response[-1]["content"])
+            unwritten = [str(turn[key]).strip() for turn in response for key in THINKING_KEYS if turn.get(key)]
+            if any(thoughts not in conversation for thoughts in unwritten):
+                notes.add(THINKING_CUT)
             if "</think>" in last and last.strip() not in conversation:
                 notes.add(THINKING_CUT)
                 if self.keep_thinking:

@@ -101,6 +101,34 @@ ROWS: list[tuple[str, dict[str, Any], list[Any]]] = [  # family, row, prompt
     ),
     ("two responses and a label", {"history": QUESTION, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1}, [USER]),
     ("two responses and a label", {"history": QUESTION, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0}, [USER]),
+    (
+        "two responses and a label",
+        {
+            "prompt": json.dumps([QUESTION]),
+            "response_a": json.dumps([BAD]),
+            "response_b": json.dumps([GOOD]),
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        [USER],
+    ),
+    (
+        "two responses and a label",
+        {"prompt": QUESTION, "response_1": BAD, "response_2": GOOD, "preference_strength": 2, "split": "train"},
+        [USER],
+    ),
+    (
+        "two responses and a label",
+        {
+            "question": {"full_text": QUESTION, "dataset": "eli5"},
+            "answer_0": GOOD,
+            "answer_1": BAD,
+            "score_0": 0.3,
+            "score_1": -0.3,
+        },
+        [USER],
+    ),
     ("two responses and a label", {"question": QUESTION, "response_j": GOOD, "response_k": BAD}, [USER]),
     ("messages and a rejected response", {"messages": [USER, says(GOOD)], "rejected_response": BAD}, [USER]),
     (
@@ -133,6 +161,16 @@ ROWS: list[tuple[str, dict[str, Any], list[Any]]] = [  # family, row, prompt
             "prompt": [{"role": "user", "content": [{"type": "text", "text": QUESTION, "image_url": None}]}],
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}],
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
+        },
+        [USER],
+    ),
+    ("chosen and rejected", {"system": "", "input": QUESTION, **ANSWERS, "rating": [9, 2]}, [USER]),
+    (  # the conversation in a form of its own beside the two that are compared
+        "chosen and rejected",
+        {
+            "conversation": [{"input": QUESTION, "output": GOOD}],
+            "chosen": [USER, says(GOOD)],
+            "rejected": [USER, says(BAD)],
         },
         [USER],
     ),
@@ -175,6 +213,16 @@ TWO = {"prompt": QUESTION, "response1": GOOD, "response2": BAD}
     [
         ({**TWO, "overall_preference": 0}, "tied"),
         ({**TWO, "overall_preference": None}, "no label"),
+        (
+            {
+                "prompt": '["a", "b"]',
+                "response_a": '["c", "d"]',
+                "response_b": '["e", "f"]',
+                "winner_model_a": 1,
+                "winner_model_b": 0,
+            },
+            "more than one answer turn",
+        ),
         ({"prompt": QUESTION, "response_a": GOOD, "response_b": BAD, "winner": "tie (bothbad)"}, "tied"),
         ({"chosen": spoken(QUESTION, GOOD), "rejected": spoken("Why?", BAD)}, "empty prompt"),
         (
@@ -200,6 +248,15 @@ PLAIN = {"prompt": QUESTION, **ANSWERS}
         ({**PLAIN, "image": {"path": "a.png"}}, r"'image' could change what is trained.*data\.ignore=\['image'\]"),
         ({**PLAIN, "images": ["a.png"], "weight": 0.5}, "'images' and 'weight'"),
         ({**PLAIN, "context": "Of a document."}, "'context'"),
+        ({"prompt": 5, "chosen": 6, "rejected": 7}, "must be a string or a list"),
+        ({"prompt": QUESTION, "chosen": [None], "rejected": [says(BAD)]}, "needs 'role' and 'content'"),
+        ({"prompt": [[QUESTION]], **ANSWERS}, "needs 'role' and 'content'"),
+        ({"prompt": {"text": QUESTION}, **ANSWERS}, "needs 'role' and 'content'"),
+        ({"prompt": QUESTION, "responses": {"a": GOOD}}, "must be a list, not dict"),
+        (
+            {"prompt": QUESTION, "chosen": [{"role": "assistant", "content": {"a": 1}}], "rejected": BAD},
+            "strings or both",
+        ),
         ({**PLAIN, "history": "Earlier."}, "'history'"),
         ({**PLAIN, "system": 3}, "'system' must be a text"),
         ({**PLAIN, "system": "Be kind.", "prompt": [SYSTEM, USER]}, "two different system messages"),

@@ -123,6 +123,8 @@ def test_thinking_that_a_template_removes_is_told_of_or_kept() -> None:
     assert (texts(cut), cut.notes) == (["a mat<|im_end|>\n", "ran<|im_end|>\n"], (THINKING_CUT,))
     kept = template(CUTS, keep_thinking=True)(thoughts)
     assert (texts(kept), kept.notes) == (texts(template()(thoughts)), ())
+    beside = template()(pair([{**says("a mat"), "reasoning_content": "of rain"}]))
+    assert beside.notes == (THINKING_CUT,)
     only = template(CUTS, keep_thinking=True)(pair("<think>rain</think>", "ran"))
     assert texts(only)[0] == "<think>rain</think><|im_end|>\n"
 

@@ -27,6 +27,7 @@ SCORES = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("rating_chosen", "rating_rejected"),
+    ("chosen-rating", "rejected-rating"),
 )
 
 
@@ -72,13 +73,15 @@ def read_two(row: Row, better: str, worse: str, question: str | None = None) -> 
     chosen, rejected = (decoded(row[name]) for name in (better, worse))
     if chosen is None or rejected is None:
         return "empty response"
+    if all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in (chosen, rejected)):
+        return "more than one answer turn" if chosen and rejected else "empty response"
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError(f"{better!r} and {worse!r} must both be strings or both be lists of messages")
     responses = [answer(chosen, better), answer(rejected, worse)]
     if not all(responses):
         return "empty response"
     column = None if question is not None else prompt_column(row)
-    value = question if column is None else decoded(row[column])
+    value = question if column is None else decoded(row.columns[column])
     if isinstance(chosen, str) and not is_transcript(chosen):
         if value is None and any(name in row.columns for name in PROMPT):
             return "empty prompt"
@@ -87,7 +90,14 @@ def read_two(row: Row, better: str, worse: str, question: str | None = None) -> 
                 f"{better!r} is a string, so a column 'prompt' is needed. If it has another name, set "
                 "data.columns={prompt: NAME}"
             )
-    lead = [] if value is None else messages(value, column or "prompt")
+    whole = not isinstance(chosen, str) and responses[0][0]["role"] != "assistant"
+    try:
+        lead = [] if value is None else messages(value, column or "prompt")
+        row.read.add(column or "prompt")
+    except RowError:
+        if not whole:
+            raise
+        lead = []  # the responses' messages hold the prompt, and the column is something else
     turns, responses = _apart(lead, isinstance(value, str), *responses)
     return make_pair(with_context(row, turns), responses, _scores(row))
 

@@ -8,7 +8,7 @@ from lit_dpo.data.formats.messages import decoded, messages, without_nulls
 from lit_dpo.data.formats.pair import Message, Row, RowError
 
 SYSTEM = ("system", "system_prompt")
-PROMPT = ("prompt", "conversations", "conversation", "messages", "question", "query", "instruction", "context")
+PROMPT = ("prompt", "conversations", "conversation", "messages", "question", "query", "instruction", "context", "input")
 
 
 def prompt_column(row: Row) -> str | None:

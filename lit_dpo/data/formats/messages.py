@@ -17,13 +17,24 @@ MEANINGFUL_KEYS = ("weight", "image", "images", "video", "videos", "audio")
 
 
 def decoded(value: Any) -> Any:
-    """Parses a list or a dict that a CSV file holds as text: JSON, or Python's notation. Leaves other values as is."""
+    """Parses a list or a dict that a CSV file holds as text: JSON, or Python's notation. Leaves other values as is.
+
+    A list of one text, in which Chatbot Arena holds each text, is that text.
+    """
     if isinstance(value, str) and re.match(r"\s*(\[\s*)*\{\s*['\"]", value):
         for parse in (json.loads, ast.literal_eval):
             try:
                 return parse(value)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
+    if isinstance(value, str) and re.match(r'\s*\["', value):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            return value
+        value = parsed if all(isinstance(item, str) for item in parsed) else value
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
     return value
 
 
@@ -41,7 +52,9 @@ def messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
         return transcript(value) if is_transcript(value) else [{"role": "user", "content": value}]
     if isinstance(value, Mapping):
-        value = [value]
+        value = [value["full_text"]] if set(value) >= {"full_text"} else [value]  # of a question in WebGPT
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return messages(value[0], column)
     if not isinstance(value, list):
         raise RowError(f"{column!r} must be a string or a list of messages, not {type(value).__name__}")
     return [message(entry, column) for entry in value]

@@ -1,6 +1,8 @@
 """Rows with two responses in no order, and a label or a signed preference that says which one is better.
 
-- HelpSteer: ``response1``, ``response2``, ``overall_preference`` (negative: the first one);
+- HelpSteer: ``response1``, ``response2``, ``overall_preference`` (negative: the first one); in HelpSteer 2 the label
+  is ``preference_strength``;
+- WebGPT comparisons: ``answer_0``, ``answer_1``, ``score_0``, ``score_1``;
 - PKU-SafeRLHF: ``response_0``, ``response_1``, ``better_response_id`` (0 or 1);
 - Chatbot Arena: ``response_a``, ``response_b`` or ``conversation_a``, ``conversation_b``, and ``winner_model_a``,
   ``winner_model_b``, ``winner_tie`` or ``winner`` (``model_a``, ``model_b``, ``tie``);
@@ -31,7 +33,7 @@ def _signed(value: Any) -> float:
 
 
 def _second_if_one(value: Any) -> float:
-    return {0: 1.0, 1: -1.0}.get(int(value) if number(value) in (0, 1) else -1, float("nan"))
+    return {0.0: 1.0, 1.0: -1.0}.get(number(value), float("nan"))
 
 
 def _first_if_one(value: Any) -> float:
@@ -50,6 +52,8 @@ def _named(value: Any) -> float:
 SCHEMES = (
     Scheme(("response1", "response2"), ("overall_preference",), _signed),
     Scheme(("response_1", "response_2"), ("overall_preference",), _signed),
+    Scheme(("response_1", "response_2"), ("preference_strength",), _signed),
+    Scheme(("answer_0", "answer_1"), ("score_0", "score_1"), _flags),
     Scheme(("response_0", "response_1"), ("better_response_id",), _second_if_one),
     Scheme(("response_a", "response_b"), ("winner_model_a", "winner_model_b"), _flags),
     Scheme(("response_a", "response_b"), ("winner",), _named),
