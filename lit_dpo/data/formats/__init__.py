@@ -18,18 +18,18 @@ from lit_dpo.data.formats import (
     transcript,
     two_responses,
 )
-from lit_dpo.data.formats.context import tools_of
-from lit_dpo.data.formats.messages import decoded, without_nulls
-from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError
+from lit_dpo.data.formats.context import PROMPT, tools_of
+from lit_dpo.data.formats.messages import parsed, without_nulls
+from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError, make_pair
 
 __all__ = ["FORMATS", "Format", "Message", "PreferencePair", "Reader", "Reading", "RowError"]
 
 MultiTurn: TypeAlias = Literal["drop", "answers"]
 # Columns that would change what is trained. If no family reads such a column, the row cannot be read.
 MEANINGFUL = frozenset(
-    {"system", "system_prompt", "tools", "functions", "history", "chat_template_kwargs", "context", "input"}
-    | {"documents", "weight", "weights", "sample_weight"}
-    | {"image", "images", "video", "videos", "audio", "audios"}
+    {"system", "system_prompt", "system_message", "tools", "functions", "history", "chat_template_kwargs"}
+    | {"context", "input", "documents", "weight", "weights", "sample_weight"}
+    | {"image", "images", "image_url", "image_path", "pixel_values", "video", "videos", "audio", "audios"}
 )
 
 
@@ -74,6 +74,7 @@ class Reader:
             spaced by rank.
         multi_turn: What to do with responses of several messages: ``drop`` leaves the row out, ``answers`` trains on
             the assistant's messages in them.
+        pretemplated: Whether ``prompt``, ``chosen`` and ``rejected`` are rendered texts, to be taken as they are.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Reader:
     system: str | None = None
     max_responses: int = 2
     multi_turn: MultiTurn = "drop"
+    pretemplated: bool = False
 
     def __call__(self, columns: Mapping[str, Any]) -> Reading:
         """Reads one row.
@@ -90,7 +92,8 @@ class Reader:
                 column of ``MEANINGFUL`` that nothing reads.
         """
         row = self._row(columns)
-        family = next((family for family in FORMATS if family.matches(row)), None)
+        families = [Format("rendered texts", lambda row: True, _as_it_is)] if self.pretemplated else FORMATS
+        family = next((family for family in families if family.matches(row)), None)
         if family is None:
             raise RowError(
                 f"no column 'chosen', and no other known format; the columns are {sorted(row)}. If they have names of "
@@ -100,7 +103,7 @@ class Reader:
         if isinstance(result, PreferencePair):
             result = self._complete(row, result)
         unread = {name: value for name, value in row.unread().items() if value not in ("", [], {})}
-        if isinstance(result, PreferencePair) and (unsafe := sorted(MEANINGFUL & unread.keys())):
+        if isinstance(result, PreferencePair) and (unsafe := sorted(_unsafe(unread, result))):
             raise RowError(
                 f"{' and '.join(map(repr, unsafe))} could change what is trained, but {family.name} does not read it. "
                 f"To leave it out on purpose, set data.ignore={unsafe}"
@@ -120,8 +123,12 @@ class Reader:
 
     def _complete(self, row: Row, pair: PreferencePair) -> PreferencePair | str:
         """Adds tools, template arguments and the system message, and decides about responses of several messages."""
+        if self.pretemplated:
+            if self.system is not None:
+                raise RowError("data.system cannot be added to rendered texts (data.pretemplated=true)")
+            return pair
         tools = next((tools_of(row[name]) for name in ("tools", "functions") if name in row), pair.tools)
-        given = decoded(row["chat_template_kwargs"]) if "chat_template_kwargs" in row else {}
+        given = parsed(row["chat_template_kwargs"]) if "chat_template_kwargs" in row else {}
         if not isinstance(given, Mapping):
             raise RowError(f"'chat_template_kwargs' must be a dict, not {type(given).__name__}")
         prompt = pair.prompt
@@ -131,3 +138,20 @@ class Reader:
         if self.multi_turn == "drop" and any(len(response) > 1 for response in pair.responses):
             return "more than one answer turn"
         return replace(pair, prompt=prompt, tools=tools, template_kwargs=without_nulls(given))
+
+
+def _unsafe(unread: Mapping[str, Any], pair: PreferencePair) -> set[str]:
+    """Columns that were not read and could change what is trained: by name, or a second text beside the prompt."""
+    turns = (*pair.prompt, *(turn for response in pair.responses for turn in response))
+    said = "\n".join(str(turn["content"]) for turn in turns)
+    texts = {name for name in PROMPT if isinstance(unread.get(name), str) and unread[name].strip() not in said}
+    return texts | (MEANINGFUL & unread.keys())
+
+
+def _as_it_is(row: Row, max_responses: int) -> PreferencePair | str:
+    """Reads rendered texts."""
+    texts = [row[name] if name in row.columns else None for name in ("prompt", "chosen", "rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        raise RowError("data.pretemplated=true takes texts in the columns prompt, chosen and rejected")
+    prompt, *answers = texts
+    return make_pair([{"role": "user", "content": prompt}], [[{"role": "assistant", "content": a}] for a in answers])

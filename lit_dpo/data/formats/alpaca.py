@@ -6,7 +6,7 @@
 
 from lit_dpo.data.formats import chosen_rejected
 from lit_dpo.data.formats.context import with_context
-from lit_dpo.data.formats.messages import answer, decoded
+from lit_dpo.data.formats.messages import answer, parsed
 from lit_dpo.data.formats.pair import PreferencePair, Row, RowError, make_pair
 
 
@@ -28,7 +28,7 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     question = "\n".join(text for text in texts if text.strip())
     if "output" not in row.columns:
         return chosen_rejected.read_two(row, *chosen_rejected.columns(row), question)
-    outputs = decoded(row["output"])
+    outputs = parsed(row["output"])
     if not isinstance(outputs, list) or len(outputs) != 2:
         raise RowError("'output' must be a list of two responses, the better one first")
     turns = with_context(row, [{"role": "user", "content": question}])

@@ -28,6 +28,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("rating_chosen", "rating_rejected"),
     ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
 )
 
 
@@ -51,7 +52,8 @@ def columns(row: Row) -> tuple[str, str]:
     Raises:
         RowError: If the row has only one of them.
     """
-    names = next(pair for pair in NAMES if any(name in row.columns for name in pair))
+    there = [pair for pair in NAMES if any(name in row.columns for name in pair)]
+    names = next((pair for pair in there if all(name in row for name in pair)), there[0])
     for name in names:
         if name not in row.columns:
             raise RowError(f"no column {name!r}; the columns are {sorted(row)}")
@@ -98,33 +100,50 @@ def read_two(row: Row, better: str, worse: str, question: str | None = None) -> 
         if not whole:
             raise
         lead = []  # the responses' messages hold the prompt, and the column is something else
-    turns, responses = _apart(lead, isinstance(value, str), *responses)
+    turns, responses = _apart(lead, column or "prompt", *responses)
     return make_pair(with_context(row, turns), responses, _scores(row))
 
 
 def _apart(
-    lead: list[Message], is_text: bool, chosen: list[Message], rejected: list[Message]
+    lead: list[Message], column: str, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
     """Splits responses that may repeat the prompt into the prompt and what differs.
 
     Args:
         lead: Messages of the column of the prompt.
-        is_text: Whether that column is a text. It then is the last user turn of the responses' messages.
+        column: Name of this column.
         chosen: Messages of the chosen response, perhaps with those of the prompt before them.
         rejected: Messages of the rejected response, likewise.
+
+    Raises:
+        RowError: If the responses begin with another prompt than that of the column.
     """
     limit = min(len(chosen), len(rejected)) - 1  # the last message of each is its answer
-    shared = next((turn for turn in range(limit) if chosen[turn] != rejected[turn]), limit)
+    shared = next((turn for turn in range(limit) if not _same(chosen[turn], rejected[turn])), limit)
     responses = [chosen[shared:], rejected[shared:]]
+    if chosen[0]["role"] == "assistant":
+        return [*lead, *chosen[:shared]], responses
     system = [turn for turn in lead if turn["role"] == "system"]
     spoken = [turn for turn in lead if turn["role"] != "system"]
     opening = [turn for turn in chosen if turn["role"] != "system"]
-    repeated = chosen[0]["role"] != "assistant" and (is_text or opening[: len(spoken)] == spoken)
-    if not repeated:
-        return [*lead, *chosen[:shared]], responses
-    if chosen[0]["role"] == "system":
-        system = []  # it is repeated too
-    return [*system, *chosen[:shared]], responses
+    # The column may hold the first messages, or the text of one user turn.
+    is_one = len(spoken) == 1 and any(_same(spoken[0], turn) for turn in opening)
+    if not is_one and not (len(opening) >= len(spoken) and all(map(_same, spoken, opening))):
+        raise RowError(
+            f"the messages of the responses do not begin with the prompt in {column!r}. If that column is something "
+            f"else, set data.ignore=[{column}]"
+        )
+    if chosen[0]["role"] != "system":
+        return [*system, *chosen[:shared]], responses
+    if system and not _same(system[0], chosen[0]):
+        raise RowError(f"{column!r} and the responses begin with two different system messages")
+    return chosen[:shared], responses
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether two messages say the same. An id of a message, or blanks around its text, make no difference."""
+    first, second = ((turn["role"], str(turn["content"]).strip(), turn.get("tool_calls")) for turn in (one, other))
+    return first == second
 
 
 def _scores(row: Row) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lit_dpo.data.formats.messages import decoded, messages, without_nulls
+from lit_dpo.data.formats.messages import messages, parsed, without_nulls
 from lit_dpo.data.formats.pair import Message, Row, RowError
 
 SYSTEM = ("system", "system_prompt")
@@ -13,7 +13,7 @@ PROMPT = ("prompt", "conversations", "conversation", "messages", "question", "qu
 
 def prompt_column(row: Row) -> str | None:
     """The first column of ``PROMPT`` that the row has. In SHP, the prompt is a text in ``history``."""
-    found = next((name for name in PROMPT if name in row), None)
+    found = next((name for name in PROMPT if name in row and str(row.columns[name]).strip()), None)
     return "history" if found is None and isinstance(row.columns.get("history"), str) else found
 
 
@@ -23,7 +23,8 @@ def with_context(row: Row, turns: list[Message]) -> list[Message]:
     Raises:
         RowError: If the turns begin with another system message than that of the row's column.
     """
-    turns = [*history(row), *turns]
+    opening = turns[:1] if turns and turns[0]["role"] == "system" else []
+    turns = [*opening, *history(row), *turns[len(opening) :]]
     column = next((name for name in SYSTEM if name in row), None)
     text = "" if column is None else row[column]
     if not isinstance(text, str):
@@ -43,9 +44,9 @@ def history(row: Row) -> list[Message]:
     Raises:
         RowError: If it holds something else.
     """
-    if "history" not in row or isinstance(row.columns["history"], str):
+    if "history" not in row or isinstance(parsed(row.columns["history"]), str):
         return []
-    earlier: Any = decoded(row["history"])
+    earlier: Any = parsed(row["history"])
     if isinstance(earlier, list) and all(isinstance(turn, Mapping) for turn in earlier):
         return messages(earlier, "history")
     turns: list[Message] = []

@@ -9,33 +9,51 @@ from typing import Any
 
 from lit_dpo.data.formats.pair import Message, RowError
 
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "observation": "tool"}
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")}
+ROLES |= dict.fromkeys(("human", "prompter"), "user")
+ROLES |= dict.fromkeys(("gpt", "model", "chatgpt", "bot", "ai"), "assistant")
+ROLES |= {"observation": "tool", "function_response": "tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # Keys of a message that would change what is trained, and that nothing here reads
-MEANINGFUL_KEYS = ("weight", "image", "images", "video", "videos", "audio")
+MEANINGFUL_KEYS = ("weight", "prefix", "image", "images", "image_url", "video", "videos", "audio")
+TRAINED_KEYS = ("loss", "train")  # likewise, unless they are true
 
 
-def decoded(value: Any) -> Any:
-    """Parses a list or a dict that a CSV file holds as text: JSON, or Python's notation. Leaves other values as is.
-
-    A list of one text, in which Chatbot Arena holds each text, is that text.
-    """
-    if isinstance(value, str) and re.match(r"\s*(\[\s*)*\{\s*['\"]", value):
+def parsed(value: Any) -> Any:
+    """Parses a list or a dict that a CSV file holds as text: JSON, or Python's notation. Leaves other values as is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         for parse in (json.loads, ast.literal_eval):
             try:
-                return parse(value)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                found = parse(value)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
-    if isinstance(value, str) and re.match(r'\s*\["', value):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return value
-        value = parsed if all(isinstance(item, str) for item in parsed) else value
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        return value[0]
+            return found if isinstance(found, list | dict) else value
     return value
+
+
+def decoded(value: Any, column: str = "") -> Any:
+    """Parses messages that a CSV file holds as text. Any other text, JSON too, stays the text that it is.
+
+    Raises:
+        RowError: If the text is a list of messages that cannot be parsed.
+    """
+    found = parsed(value)
+    if found is value or _is_message(found):
+        return found
+    if isinstance(found, list) and found and all(map(_is_message, found)):
+        return found
+    return value
+
+
+def unparsed(value: Any) -> bool:
+    """Whether a text looks like a list of messages, but is none that can be parsed. NumPy writes such texts."""
+    return isinstance(value, str) and bool(re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value))
+
+
+def _is_message(value: Any) -> bool:
+    keys = set(value) if isinstance(value, dict) else set()
+    return {"role", "content"} <= keys or {"role", "tool_calls"} <= keys or {"from", "value"} <= keys
 
 
 def messages(value: Any, column: str) -> list[Message]:
@@ -49,12 +67,14 @@ def messages(value: Any, column: str) -> list[Message]:
         RowError: If the value is none of these.
     """
     value = decoded(value)
+    if unparsed(value):
+        raise RowError(f"{column!r} looks like a list of messages, but it cannot be parsed: {value!r:.80}")
     if isinstance(value, str):
         return transcript(value) if is_transcript(value) else [{"role": "user", "content": value}]
     if isinstance(value, Mapping):
-        value = [value["full_text"]] if set(value) >= {"full_text"} else [value]  # of a question in WebGPT
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        return messages(value[0], column)
+        if "full_text" in value:  # of a question in WebGPT
+            return messages(value["full_text"], column)
+        value = [value]
     if not isinstance(value, list):
         raise RowError(f"{column!r} must be a string or a list of messages, not {type(value).__name__}")
     return [message(entry, column) for entry in value]
@@ -69,6 +89,8 @@ def answer(value: Any, column: str) -> list[Message]:
     value = decoded(value)
     if value is None:
         return []
+    if unparsed(value):
+        raise RowError(f"{column!r} looks like a list of messages, but it cannot be parsed: {value!r:.80}")
     if isinstance(value, str) and not is_transcript(value):
         return [{"role": "assistant", "content": value}]
     return messages(value, column)
@@ -91,16 +113,22 @@ def message(entry: Any, column: str) -> Message:
     if content is None:
         content = given.pop("value", None)
     given.pop("from", None), given.pop("value", None)
-    for key in MEANINGFUL_KEYS:
-        if given.get(key) is not None:
-            raise RowError(f"a message of {column!r} has {key!r}, which is not read. Remove it from the data")
+    unread = [key for key in MEANINGFUL_KEYS if key in given]
+    unread += [key for key in TRAINED_KEYS if given.get(key, True) is not True]
+    if unread:
+        raise RowError(f"a message of {column!r} has {unread[0]!r}, which is not read. Remove it from the data")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": [tool_call(decoded(content))]}
+        return {"role": "assistant", "content": "", "tool_calls": tool_calls(content)}
+    if "function_call" in given:  # OpenAI's older form
+        given["tool_calls"] = [given.pop("function_call")]
     if given.get("tool_calls"):
-        given["tool_calls"] = [tool_call(call) for call in given["tool_calls"]]
+        given["tool_calls"] = tool_calls(given["tool_calls"])
     else:
         given.pop("tool_calls", None)
-    return {"role": ROLES.get(str(role), str(role)), "content": text_of(content, column), **given}
+    known = ROLES.get(str(role).lower())
+    if known is None:
+        raise RowError(f"a message of {column!r} has the role {role!r}; known are {', '.join(ROLES)}")
+    return {"role": known, "content": text_of(content or given.pop("refusal", None), column), **given}
 
 
 def text_of(content: Any, column: str) -> str:
@@ -121,6 +149,19 @@ def text_of(content: Any, column: str) -> str:
     raise RowError(f"the content of a message of {column!r} must be text, not {type(content).__name__}")
 
 
+def tool_calls(value: Any) -> list[dict[str, Any]]:
+    """The tool calls of a message: a list, a single one, or JSON text of these.
+
+    Raises:
+        RowError: If it is something else.
+    """
+    found = parsed(value)
+    found = [found] if isinstance(found, Mapping) else found
+    if not isinstance(found, list):
+        raise RowError(f"the tool calls must be a list, not {found!r:.80}")
+    return [tool_call(call) for call in found]
+
+
 def tool_call(call: Any) -> dict[str, Any]:
     """A tool call in the form of transformers' templates, with its arguments as a dict.
 
@@ -133,7 +174,7 @@ def tool_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except json.JSONDecodeError as error:
             raise RowError(f"the arguments of a tool call are not JSON: {arguments!r:.80}") from error
     rest = {} if function is call else {key: value for key, value in call.items() if key != "function"}
@@ -166,8 +207,9 @@ def transcript(text: str) -> list[Message]:
 
 
 def number(value: Any) -> float:
-    """Converts a value to a float; NaN if that is not possible."""
+    """Converts a value to a float; NaN if it is no finite number."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+    return found if math.isfinite(found) else math.nan

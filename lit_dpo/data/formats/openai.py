@@ -4,7 +4,7 @@
 """
 
 from lit_dpo.data.formats.context import tools_of, with_context
-from lit_dpo.data.formats.messages import answer, decoded, messages
+from lit_dpo.data.formats.messages import answer, messages, parsed
 from lit_dpo.data.formats.pair import PreferencePair, Row, RowError, make_pair
 
 NAMES = ("preferred_output", "non_preferred_output")
@@ -25,7 +25,7 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     for name in NAMES:
         if name not in row.columns:
             raise RowError(f"no column {name!r}; the columns are {sorted(row)}")
-    given = decoded(row["input"])
+    given = parsed(row["input"])
     if not isinstance(given, dict) or "messages" not in given:
         raise RowError("'input' must have 'messages'")
     unread = sorted(name for name, value in given.items() if value is not None and name not in HARMLESS)

@@ -14,12 +14,13 @@ from typing import Any
 
 from lit_dpo.data.formats import chosen_rejected
 from lit_dpo.data.formats.context import PROMPT, prompt_column, with_context
-from lit_dpo.data.formats.messages import answer, decoded, messages, number
+from lit_dpo.data.formats.messages import answer, messages, number, parsed
 from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError, has_text, make_pair
 
 LISTS = ("completions", "responses", "answers")
 TEXTS = ("response", "completion", "answer", "text")
 # UltraFeedback's "fine-grained_score" is the mean of four ratings. Its "overall_score" is wrong for some completions.
+COLUMNS, RANKS = ("scores", "ratings", "rewards"), ("ranks", "rank")
 SCORE_NAMES = ("fine-grained_score", "overall_score", "score")
 
 
@@ -35,7 +36,7 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
         RowError: If the row has no prompt, or if responses or scores are missing or have a wrong type.
     """
     name = next(name for name in LISTS if name in row.columns)
-    listed = decoded(row[name])
+    listed = parsed(row[name])
     column = prompt_column(row)
     if column is None and not any(known in row.columns for known in PROMPT):
         raise RowError("a list of responses needs a column 'prompt' or 'instruction'")
@@ -62,7 +63,8 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     if len(kept) < 2:
         return "no two responses of different scores" if scores else "no two different responses"
     kept = _spread(kept, max_responses)
-    ranks = any(isinstance(entry, Mapping) and entry.get("rank") is not None for entry in listed)
+    ranks = any(known in row for known in RANKS)
+    ranks |= any(isinstance(entry, Mapping) and entry.get("rank") is not None for entry in listed)
     return make_pair(
         turns, [answers[index] for index in kept], [scores[index] for index in kept] if scores and not ranks else []
     )
@@ -86,7 +88,8 @@ def _scores(row: Row, listed: Sequence[Any], name: str) -> list[float]:
     Raises:
         RowError: If scores are missing, or are no numbers.
     """
-    column = decoded(row["scores"]) if "scores" in row else None
+    given = next((known for known in (*COLUMNS, *RANKS) if known in row), None)
+    column = None if given is None else parsed(row[given])
     if not isinstance(column, list | None):
         raise RowError(f"the scores must be a list, not {type(column).__name__}")
     if column:
@@ -94,10 +97,13 @@ def _scores(row: Row, listed: Sequence[Any], name: str) -> list[float]:
             raise RowError(f"the scores must be numbers, not {column!r:.80}")
         if len(column) != len(listed):
             raise RowError(f"there are {len(column)} scores for {len(listed)} responses")
-        return [number(score) for score in column]
+        return [-number(score) if given in RANKS else number(score) for score in column]
     entries = [response if isinstance(response, Mapping) else {} for response in listed]
     if any(entry.get("rank") is not None for entry in entries):
-        return [-number(entry.get("rank")) for entry in entries]
+        ranks = [-number(entry.get("rank")) for entry in entries]
+        if all(map(math.isnan, ranks)):
+            raise RowError(f"the ranks of the {name} must be numbers")
+        return ranks
     best = max(SCORE_NAMES, key=lambda known: sum(not math.isnan(number(entry.get(known))) for entry in entries))
     scores = [number(entry.get(best)) for entry in entries]
     if not all(map(math.isnan, scores)):
@@ -106,6 +112,15 @@ def _scores(row: Row, listed: Sequence[Any], name: str) -> list[float]:
         return scores
     if name != "responses":
         raise RowError(f"the {name} have no score or rank, under none of the names {', '.join((*SCORE_NAMES, 'rank'))}")
+    for entry in entries:
+        if unknown := sorted(set(entry) - {*TEXTS, "role", "content", "from", "value", "tool_calls"}):
+            raise RowError(f"the {name} have {', '.join(unknown)}, and nothing says which of them is best")
+    for column_name, values in row.unread().items():
+        numbers = (
+            isinstance(values, list) and len(values) == len(listed) and not any(math.isnan(number(v)) for v in values)
+        )
+        if numbers:
+            raise RowError(f"nothing says whether {column_name!r} are the scores of the {name}. Name it 'scores'")
     return []
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lit_dpo.data.formats.chosen_rejected import read_two
-from lit_dpo.data.formats.messages import number
+from lit_dpo.data.formats.messages import number, parsed
 from lit_dpo.data.formats.pair import PreferencePair, Row, RowError
 
 WINNERS = {"a": 1, "model_a": 1, "response_a": 1, "b": -1, "model_b": -1, "response_b": -1}
@@ -85,6 +85,13 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
         raise RowError(f"the label says of neither response that it is better: {told}")
     if preference == 0:
         return "tied"
+    if scheme.responses[0] == "response_a":
+        texts = {name: _texts(row.columns.get(name)) for name in ("prompt", *scheme.responses)}
+        if any(text is not None and len(text) > 1 for text in texts.values()):
+            return "more than one answer turn"
+        arena = Row({**row.columns, **{name: text[0] for name, text in texts.items() if text}})
+        arena.read = row.read  # what is read of it counts
+        row = arena
     first, second = scheme.responses
     return read_two(row, *((first, second) if preference > 0 else (second, first)))
 
@@ -92,3 +99,9 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
 def _scheme(row: Row) -> Scheme | None:
     """The first scheme whose columns the row has."""
     return next((s for s in SCHEMES if all(name in row.columns for name in (*s.responses, *s.labels))), None)
+
+
+def _texts(value: Any) -> list[str | None] | None:
+    """The texts of all turns, as Chatbot Arena holds them: JSON text of a list; None for anything else."""
+    found = parsed(value)
+    return found if isinstance(found, list) and found and all(isinstance(text, str | None) for text in found) else None
