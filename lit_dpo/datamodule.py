@@ -110,7 +110,7 @@ class PreferenceDataModule(LightningDataModule):
         self.loading = PairLoading(
             *(source, split, subset, revision, val_source, val_split, val_size, seed),
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
-            Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn),
+            Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn, pretemplated),
             Filters(**filters) if isinstance(filters, dict) else filters,  # a checkpoint holds a dict
             *(on_bad_row, num_proc),
             {"kwargs": chat_template_kwargs or {}, "pretemplated": pretemplated}

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import lzma
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ BUILDERS = {
     ".tsv": "csv",
 }
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# An object with one of these keys is a row, not a document with rows in it
+ROW_KEYS = {"chosen", "rejected", "prompt", "responses", "completions", "answers", "messages", "conversations"}
 SEPARATORS = ",;\t|"
 SAMPLE = 1 << 16  # characters of a file from which its separator is found
 
@@ -53,16 +58,16 @@ def read_files(files: Sequence[str], source: str) -> "Dataset":
         find_options = {"json": _json_options, "csv": _csv_options}.get(builder)
         options = {} if find_options is None else find_options(files[0])
         return load_dataset(builder, data_files=list(files), split="train", **options)
-    except (DatasetGenerationError, OSError, ValueError) as error:
+    except (DatasetGenerationError, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         where = _broken_line(files) if builder == "json" else None
         what = where or f"{names} cannot be read: {str(error.__cause__ or error).splitlines()[0]:.200}"
         raise ValueError(f"{source}: {what}") from error
 
 
-def _open(file: str) -> IO[str]:
-    """The text of a file, decompressed."""
+def _open(file: str, errors: str = "strict") -> IO[str]:
+    """The text of a file, decompressed. ``errors`` says what to do with bytes that are no text, as in ``open``."""
     opener: Any = fsspec.open  # has no types
-    return opener(file, "r", compression="infer", encoding="utf-8-sig").open()  # type: ignore[no-any-return]
+    return opener(file, "r", compression="infer", encoding="utf-8-sig", errors=errors).open()  # type: ignore[no-any-return]
 
 
 def _csv_options(file: str) -> dict[str, Any]:
@@ -73,8 +78,21 @@ def _csv_options(file: str) -> dict[str, Any]:
         separator = csv.Sniffer().sniff(sample.splitlines()[0] + "\n", SEPARATORS).delimiter
     except (csv.Error, IndexError):
         separator = "\t" if ".tsv" in file else ","
-    # Only an empty field is null: pandas by itself reads "N/A", "None" and "null" as null too.
-    return {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    # Only an empty field is null: pandas by itself reads "N/A", "None" and "null" as null too. Every field is a text:
+    # "007" is no number.
+    lines = csv.reader(sample.splitlines(keepends=True), delimiter=separator)
+    header, first = next(lines, []), next(lines, [])
+    if len(first) > len(header):  # pandas would take the first field for an index, and shift the others
+        raise ValueError(
+            f"its first row has {len(first)} fields and its header {len(header)}: put quotes around a field with a "
+            f"{separator!r} in it"
+        )
+    options: dict[str, Any] = {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    if len(set(header)) == len(header) and all(header):
+        from datasets import Features, Value
+
+        options["features"] = Features({name: Value("string") for name in header})
+    return options
 
 
 def _json_options(file: str) -> dict[str, Any]:
@@ -95,6 +113,8 @@ def _json_options(file: str) -> dict[str, Any]:
             content = json.load(text)
         except json.JSONDecodeError:
             return {}
+    if ROW_KEYS & content.keys():
+        return {}  # the object is a row itself
     lists = [key for key, value in content.items() if isinstance(value, list) and value and _is_row(value[0])]
     if len(lists) > 1:
         raise ValueError(f"the object has several lists of rows: {', '.join(lists)}. Keep one of them in a file")
@@ -118,10 +138,10 @@ def _broken_line(files: Sequence[str]) -> str | None:
     """Says which line of a file of JSON lines is broken; None if it is none of them."""
     for file in files:
         name = PurePosixPath(file).name
-        with _open(file) as text:
+        with suppress(OSError, EOFError, zlib.error, lzma.LZMAError), _open(file, "surrogateescape") as text:
             for number, line in enumerate(text, 1):
-                if number == 1 and line.lstrip().startswith("["):
-                    break  # one list in many lines
+                if number == 1 and (line.lstrip().startswith("[") or line.strip() == "{"):
+                    break  # one list or object in many lines
                 if not line.strip():
                     continue
                 try:
@@ -130,7 +150,7 @@ def _broken_line(files: Sequence[str]) -> str | None:
                 except json.JSONDecodeError as error:
                     return f"{name}, line {number}, is not JSON: {error.msg} at character {error.pos + 1}"
                 except UnicodeEncodeError:
-                    return f"{name}, line {number}, holds half of a surrogate pair, which is no character"
+                    return f"{name}, line {number}, holds bytes or half of a surrogate pair that are no UTF-8 character"
                 if not isinstance(row, dict):
                     return f"{name}, line {number}, is no object with the columns of a row, but {line.strip()!r:.60}"
     return None

@@ -22,6 +22,7 @@ from lit_dpo.files.console import library_bars
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+MOST_REASONS = 20  # that are told in a line each; the messages of a template may differ from row to row
 OnBadRow: TypeAlias = Literal["stop", "drop"]
 FORMAT_VERSION = 4  # increment when the meaning of the cached columns changes
 
@@ -190,6 +191,9 @@ def prepare_pairs(
         ValueError: If a row cannot be read and ``on_bad_row`` is ``stop`` (the message names the row), or if no pair is
             left.
     """
+    if not len(rows):
+        raise ValueError(f"{source}: there are no rows.")
+    rows = rows.with_format(None)  # rows of a data set in memory may be in NumPy's or pandas' format
     reader, filters = reader or Reader(), filters or Filters()
     how = [asdict(truncation), asdict(reader), asdict(filters), template.identity, on_bad_row]
     key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(template.tokenizer), *how])
@@ -256,10 +260,14 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     report = [f"{source}: read as: {', '.join(names)}"]
     if unread:
         report.append(f"{source}: columns that are not read: {', '.join(sorted(unread))}")
+    reported = sorted(reasons.items(), key=lambda item: (-item[1][0], item[0]))
     report += [
         f"{source}: left out {count} of {total} pairs: {reason} (first: row {first})"
-        for reason, (count, first) in sorted(reasons.items())
+        for reason, (count, first) in sorted(reported[:MOST_REASONS])
     ]
+    if rare := reported[MOST_REASONS:]:
+        number = sum(count for _, (count, _) in rare)
+        report.append(f"{source}: left out {number} of {total} pairs: {len(rare)} other reasons")
     report += [
         f"{source}: {count} of {total} pairs: {note} (first: row {first})"
         for note, (count, first) in sorted(notes.items())
@@ -342,5 +350,5 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of everything that the tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [type(tokenizer).__name__, model, str(tokenizer.eos_token)]
+    parts = [type(tokenizer).__name__, model, json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base.tokenizer import require_chat_template
 from lit_dpo.data.formats import Message, PreferencePair, RowError
 
 THINKING_CUT = "the chat template removed the thinking from a response; data.keep_thinking=true keeps it"
+REASONING_CUT = "the chat template does not write the reasoning that a response has beside its content"
 CONTROL_TOKENS = "a text contains control tokens, which are read as such"
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
 # Extra characters, such as a space, that a template may write between the last turn and an answer
@@ -100,31 +100,54 @@ class ChatTemplate:
             notes.add(CONTROL_TOKENS)
         generation = self._render(pair, [], generate=True)
         conversations = [self._render(pair, response) for response in pair.responses]
-        # With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt
-        # then is the common prefix of the generation text and all conversations, with the whole last user turn.
-        prompt = os.path.commonprefix([generation, *conversations])  # noqa: RUF071  texts, not paths
-        if prompt == generation or prompt.startswith(self._render(pair, [])):
-            starts = [len(prompt)] * len(conversations)
-        else:
-            prompt = generation
-            starts = [self._start(pair, generation, text) for text in conversations]
-        responses, ends = [], []
+        self._check_tools(pair, generation, conversations)
+        prompt, starts = self._boundary(pair, generation, conversations)
+        responses = []
         for response, conversation, start in zip(pair.responses, conversations, starts, strict=True):
             parts = self._parts(pair, response, conversation, start)
-            last = str(response[-1]["content"])
-            unwritten = [str(turn[key]).strip() for turn in response for key in THINKING_KEYS if turn.get(key)]
-            if any(thoughts not in conversation for thoughts in unwritten):
+            if self.keep_thinking:
+                parts[-1] = _with_thinking(parts[-1], str(response[-1]["content"]))
+            written = "".join(part.text for part in parts)
+            if any(not _wrote_thinking(str(turn["content"]), written) for turn in response):
                 notes.add(THINKING_CUT)
-            if "</think>" in last and last.strip() not in conversation:
-                notes.add(THINKING_CUT)
-                if self.keep_thinking:
-                    notes.remove(THINKING_CUT)
-                    spoken = last.rsplit("</think>", 1)[1].strip()
-                    before, _, after = parts[-1].text.rpartition(spoken) if spoken else ("", "", parts[-1].text)
-                    parts[-1] = Part(before + last + after, trained=True)
+            beside = [str(turn[key]).strip() for turn in response for key in THINKING_KEYS if turn.get(key)]
+            if any(thoughts not in written for thoughts in beside):
+                notes.add(REASONING_CUT)
             responses.append(tuple(parts))
-            ends.append(bool(response[-1].get("tool_calls")) or not parts[-1].text.rstrip().endswith(last.rstrip()))
-        return Rendered(prompt, tuple(responses), tuple(ends), tuple(sorted(notes)))
+        ends = (self._ends_answers,) * len(responses)
+        return Rendered(prompt, tuple(responses), ends, tuple(sorted(notes)))
+
+    def _boundary(self, pair: PreferencePair, generation: str, conversations: list[str]) -> tuple[str, list[int]]:
+        """The prompt's text, and where the answer starts in each conversation.
+
+        With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
+        ends where these texts begin to differ. It must contain the whole last user turn.
+        """
+        if all(text.startswith(generation) for text in conversations):
+            return generation, [len(generation)] * len(conversations)
+        probes = [self._render(pair, [{"role": "assistant", "content": text}]) for text in ("1", "2")]
+        prompt = os.path.commonprefix([generation, *probes])  # noqa: RUF071  texts, not paths
+        if prompt.startswith(self._render(pair, [])) and all(text.startswith(prompt) for text in conversations):
+            return prompt, [len(prompt)] * len(conversations)
+        return generation, [self._start(pair, generation, text, probes) for text in conversations]
+
+    @staticmethod
+    def _check_tools(pair: PreferencePair, generation: str, conversations: list[str]) -> None:
+        """Checks that the template writes the tools and calls of the row: many templates know none.
+
+        Raises:
+            RejectedByTemplateError: If it does not.
+        """
+        schemas = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in pair.tools]
+        named = [(str(schema.get("name", "")), generation) for schema in schemas]
+        named += [(call["function"]["name"], generation) for turn in pair.prompt for call in turn.get("tool_calls", [])]
+        for response, conversation in zip(pair.responses, conversations, strict=True):
+            named += [(c["function"]["name"], conversation) for turn in response for c in turn.get("tool_calls", [])]
+        missing = sorted({str(name) for name, text in named if str(name) not in text})
+        if missing:
+            raise RejectedByTemplateError(
+                f"the chat template does not write the tool {', '.join(missing)}: use a template that knows tools"
+            )
 
     def _as_it_is(self, pair: PreferencePair) -> Rendered:
         """The texts of a pair that is rendered already."""
@@ -146,19 +169,19 @@ class ChatTemplate:
             options["chat_template"] = self._text
         try:
             return str(self.tokenizer.apply_chat_template(list(turns), **options))
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it can raise anything
             raise RejectedByTemplateError(
                 f"the chat template rejects the messages: {error or type(error).__name__}"
             ) from error
 
-    def _start(self, pair: PreferencePair, generation: str, conversation: str) -> int:
+    @staticmethod
+    def _start(pair: PreferencePair, generation: str, conversation: str, probes: list[str]) -> int:
         """Where the answer starts in a conversation that does not begin with the rendered prompt.
 
-        Some templates write the system message only into a last user turn. What two different answers have in common
-        ends where an answer starts. Before it, conversation and generation text must both have the last user turn.
+        Some templates write the system message only into a last user turn. Two made-up answers are rendered; an answer
+        starts where the texts begin to differ. Before it, both texts must have the last turn.
         """
-        first, second = (self._render(pair, [{"role": "assistant", "content": text}]) for text in ("1", "2"))
-        head = os.path.commonprefix([first, second])  # noqa: RUF071
+        head = os.path.commonprefix(probes)  # noqa: RUF071
         last = str(pair.prompt[-1]["content"]).strip()
         for extra in range(min(MOST_BETWEEN, len(head))):
             cut = len(head) - extra
@@ -211,6 +234,16 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     @cached_property
+    def _ends_answers(self) -> bool:
+        """Whether the template writes something after an answer, such as EOS."""
+        question = {"role": "user", "content": "?"}
+        try:
+            text = self._apply([question, {"role": "assistant", "content": "1"}], [], self.kwargs, generate=False)
+        except RejectedByTemplateError:  # it needs more than a question; then nothing is appended
+            return True
+        return not text.rstrip().endswith("1")
+
+    @cached_property
     def _arguments_are_text(self) -> bool:
         """Whether the template takes the arguments of a tool call as text. Most take a dict."""
         call = {"type": "function", "id": "abc123def", "function": {"name": "f", "arguments": {"key": "value"}}}
@@ -233,3 +266,18 @@ def _with_text_arguments(turn: Message) -> Message:
         for call in turn.get("tool_calls", [])
     ]
     return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _wrote_thinking(content: str, written: str) -> bool:
+    """Whether the thinking in a message's content is in the rendered text."""
+    thoughts, closed, _ = content.rpartition("</think>")
+    return not closed or thoughts.strip().removeprefix("<think>").strip() in written
+
+
+def _with_thinking(part: Part, content: str) -> Part:
+    """The part of a response's text with the thinking that the template removed from its content."""
+    if _wrote_thinking(content, part.text):
+        return part
+    spoken = content.rpartition("</think>")[2].strip()
+    before, _, after = part.text.rpartition(spoken) if spoken else ("", "", part.text)
+    return Part(before.lstrip() + content + after, trained=True)

@@ -281,6 +281,89 @@ def test_what_would_change_the_training_stops_the_run_by_name(row: dict[str, Any
         Reader()(row)
 
 
+@pytest.mark.parametrize(
+    "text", ['["Paris"]', '["Paris", "Rome"]', '{"a": 1}', "{'a', 'b'}", "[1, 2]", '[{"a": 1}]', '["",' + "[" * 5000]
+)
+def test_a_text_that_is_json_stays_a_text(text: str) -> None:
+    for row in ({"prompt": text, **ANSWERS}, {"prompt": QUESTION, "responses": [text, BAD]}):
+        assert isinstance(Reader()(row).result, PreferencePair)
+    result = Reader()({"prompt": text, "chosen": text, "rejected": BAD}).result
+    assert isinstance(result, PreferencePair)
+    assert (result.prompt[0]["content"], result.chosen[0]["content"]) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Explain.", "chosen": [USER, says(GOOD)], "rejected": [USER, says(BAD)]}, "do not begin with the"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Hi"}],
+                "chosen": [USER, says(GOOD)],
+                "rejected": [USER, says(BAD)],
+            },
+            r"data\.ignore=\[prompt\]",
+        ),
+        (
+            {
+                "prompt": [{**SYSTEM, "content": "A"}, USER],
+                "chosen": [SYSTEM, USER, says(GOOD)],
+                "rejected": [SYSTEM, USER, says(BAD)],
+            },
+            "two different system messages",
+        ),
+        ({"instruction": "Translate.", "question": QUESTION, **ANSWERS}, "'instruction' could change"),
+        ({**PLAIN, "prompt": [{"role": "narrator", "content": QUESTION}]}, "role 'narrator'"),
+        ({**PLAIN, "prompt": [{"role": None, "content": QUESTION}]}, "role None"),
+        ({**PLAIN, "chosen": [{**says(GOOD), "loss": False}], "rejected": [says(BAD)]}, "'loss', which is not read"),
+        ({"prompt": QUESTION, "responses": [{"text": "a", "rating": 1}, {"text": "b", "rating": 5}]}, "have rating"),
+        ({"prompt": QUESTION, "responses": ["a", "b"], "values": [0.1, 0.9]}, "whether 'values' are the scores"),
+        (
+            {"prompt": QUESTION, "answers": [{"answer": "a", "rank": "first"}, {"answer": "b", "rank": "second"}]},
+            "ranks",
+        ),
+        ({**PLAIN, "chosen": "[{'content': 'a', 'role': 'user'}\n {'content': 'b'}]"}, "cannot be parsed"),
+        ({**PLAIN, "chosen": [{"role": "assistant", "tool_calls": 3}], "rejected": [says(BAD)]}, "must be a list"),
+    ],
+)
+def test_what_would_be_read_wrongly_stops_the_run(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        Reader()(row)
+
+
+def test_other_names_of_ranks_calls_and_roles_are_read() -> None:
+    for name, values in (("ranks", [2, 1]), ("rank", [2, 1]), ("rewards", [0.1, 0.9]), ("ratings", "[1, 2]")):
+        result = Reader()({"prompt": QUESTION, "responses": [BAD, GOOD], name: values}).result
+        assert isinstance(result, PreferencePair)
+        assert result.chosen == [says(GOOD)]
+    spoken = [{"role": "Human", "content": QUESTION}, {"role": "Assistant", "content": GOOD}]
+    result = Reader()({"messages": spoken, "rejected_messages": [USER, says(BAD)]}).result
+    assert isinstance(result, PreferencePair)
+    assert (result.prompt, result.chosen, result.rejected) == ([USER], [says(GOOD)], [says(BAD)])
+    older = {"role": "assistant", "content": None, "function_call": {"name": "depth", "arguments": ""}}
+    result = Reader()({"prompt": QUESTION, "chosen": [older], "rejected": [says(BAD)]}).result
+    assert isinstance(result, PreferencePair)
+    assert result.chosen[0]["tool_calls"] == [{"type": "function", "function": {"name": "depth", "arguments": {}}}]
+    ordered = [SYSTEM, *EARLIER, USER]
+    result = Reader()({"history": [["Hello.", "Hi."]], "prompt": [SYSTEM, USER], **ANSWERS}).result
+    assert isinstance(result, PreferencePair)
+    assert result.prompt == ordered
+
+
+def test_rendered_texts_are_taken_as_they_are() -> None:
+    reader = Reader(pretemplated=True)
+    text = "\n\nHuman: q\n\nAssistant:"
+    result = reader({"prompt": text, "chosen": " yes", "rejected": '["no"]'}).result
+    assert isinstance(result, PreferencePair)
+    assert [turns[0]["content"] for turns in (result.prompt, *result.responses)] == [text, " yes", '["no"]']
+    with pytest.raises(RowError, match="'tools' could change"):
+        reader({"prompt": text, "chosen": "a", "rejected": "b", "tools": [CALL]})
+    with pytest.raises(RowError, match="takes texts"):
+        reader({"prompt": [USER], "chosen": "a", "rejected": "b"})
+    with pytest.raises(RowError, match=r"data\.system"):
+        Reader(pretemplated=True, system="Be brief.")({"prompt": text, "chosen": "a", "rejected": "b"})
+
+
 def test_columns_that_are_not_read_are_named() -> None:
     row = {**PLAIN, "id": 7, "source": "forum", "note": "", "image": None, "tools": []}
     assert Reader()(row) == Reading(

@@ -148,3 +148,12 @@ def test_lists_are_cut_as_pairs_are() -> None:
     rows = Dataset.from_list([{"prompt": "p", "responses": ["cat cat cat", "cat cat mat", "cat cat cat hills", "a"]}])
     pairs, _ = prepare_pairs(rows, "x", TEMPLATE, Truncation(64, max_response_length=2), Reader(max_responses=4))
     assert [len(response) for response in pairs.pair(0).responses] == [2, 2], "what is the same once cut counts once"
+
+
+def test_data_without_rows_or_in_another_librarys_format() -> None:
+    with pytest.raises(ValueError, match="x: there are no rows"):
+        prepare_pairs(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), "x", TEMPLATE, Truncation())
+    rows = Dataset.from_list([{"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 2.0]}])
+    expected = prepare_pairs(rows, "x", TEMPLATE, Truncation())[0].pair(0)
+    for name in ("numpy", "pandas"):
+        assert prepare_pairs(rows.with_format(name), "x", TEMPLATE, Truncation())[0].pair(0) == expected

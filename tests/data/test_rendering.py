@@ -9,7 +9,7 @@ from datasets import Dataset
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.formats import Message, PreferencePair, RowError
 from lit_dpo.data.preparation import prepare_pairs
-from lit_dpo.data.rendering import CONTROL_TOKENS, THINKING_CUT, ChatTemplate, RejectedByTemplateError
+from lit_dpo.data.rendering import CONTROL_TOKENS, REASONING_CUT, THINKING_CUT, ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import Truncation, tokenize
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -124,7 +124,7 @@ def test_thinking_that_a_template_removes_is_told_of_or_kept() -> None:
     kept = template(CUTS, keep_thinking=True)(thoughts)
     assert (texts(kept), kept.notes) == (texts(template()(thoughts)), ())
     beside = template()(pair([{**says("a mat"), "reasoning_content": "of rain"}]))
-    assert beside.notes == (THINKING_CUT,)
+    assert beside.notes == (REASONING_CUT,)
     only = template(CUTS, keep_thinking=True)(pair("<think>rain</think>", "ran"))
     assert texts(only)[0] == "<think>rain</think><|im_end|>\n"
 
@@ -133,6 +133,42 @@ def test_texts_with_control_tokens_are_told_of() -> None:
     assert template()(pair("sat<|im_end|> on")).notes == (CONTROL_TOKENS,)
     assert template()(pair(prompt=[{**USER, "content": "What is <|im_start|>?"}])).notes == (CONTROL_TOKENS,)
     assert template()(pair()).notes == ()
+
+
+def test_thinking_that_is_written_otherwise_is_not_put_back_twice() -> None:
+    spaced = CHATML.replace("message['content'] }}", "message['content'].replace('<think>', '<think>\n') }}")
+    for keeps in (False, True):
+        found = template(spaced, keep_thinking=keeps)(pair("<think>rain</think>a mat", "ran"))
+        assert (texts(found)[0], found.notes) == ("<think>\nrain</think>a mat<|im_end|>\n", ())
+    earlier = [says("<think>rain</think>a"), {"role": "user", "content": "so?"}, says("b")]
+    assert template(CUTS)(pair(earlier)).notes == (THINKING_CUT,)
+
+
+def test_eos_ends_every_answer_or_none_whatever_the_template_trims() -> None:
+    trims = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+    trims += "{% if add_generation_prompt %}assistant: {% endif %}"
+    made = template(trims)
+    tokens = tokenize(made(pair("\n  a mat", "ran")), made.tokenizer)
+    assert tokens.chosen[-1] == tokens.rejected[-1] == made.tokenizer.eos_token_id
+
+
+def test_the_boundary_takes_nothing_from_the_answers() -> None:
+    opens = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
+    found = template(opens)(pair("<table>1", "<tr>2"))
+    assert found.prompt.endswith("<|im_start|>assistant\n")
+    assert texts(found) == ["<table>1<|im_end|>\n", "<tr>2<|im_end|>\n"]
+
+
+def test_a_template_without_tools_rejects_them() -> None:
+    call = {"type": "function", "function": {"name": "depth", "arguments": {}}}
+    for row in (pair([{**says(""), "tool_calls": [call]}]), pair(tools=[call])):
+        with pytest.raises(RejectedByTemplateError, match="does not write the tool depth"):
+            template()(row)
+
+
+def test_whatever_a_template_raises_is_told() -> None:
+    with pytest.raises(RejectedByTemplateError, match="division"):
+        template("{{ 1 // 0 }}" + CHATML)(pair())
 
 
 RENDERED = [{"role": "user", "content": "<|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\n"}]
