@@ -32,8 +32,17 @@ SAMPLE = 1 << 16  # characters of a file from which its separator is found
 
 def builder_of(name: str) -> str | None:
     """Name of the reader for a file of this name, in ``datasets``; None for a file of another kind."""
+    return BUILDERS.get(_uncompressed(name).suffix)
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without the suffixes of its kind and compression."""
+    return _uncompressed(name).stem
+
+
+def _uncompressed(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    return BUILDERS.get((PurePosixPath(path.stem) if path.suffix in COMPRESSED else path).suffix)
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def read_files(files: Sequence[str], source: str) -> "Dataset":

@@ -45,6 +45,11 @@ class Filters:
         except re.error as error:
             raise ValueError(f"data.filters.exclude={self.exclude!r} is no regular expression: {error}.") from error
 
+    @property
+    def of_row_settings(self) -> list[str | float | None]:
+        """The settings that ``of_row`` depends on."""
+        return [self.ties, self.min_margin, self.exclude]
+
     def of_row(self, pair: PreferencePair) -> tuple[str | None, list[str]]:
         """The reason to leave out a pair by itself, or None, and what is to be told about it if it is kept."""
         if self.exclude is not None:
@@ -72,6 +77,6 @@ class Filters:
         duplicate = np.ones(len(keys), bool)
         duplicate[first] = False
         return {
-            DUPLICATE: (self.duplicates, duplicate),
             CONTRADICTORY: (self.contradictions, np.isin(keys, swapped)),
+            DUPLICATE: (self.duplicates, duplicate),
         }

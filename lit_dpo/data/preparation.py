@@ -195,7 +195,7 @@ def prepare_pairs(
         raise ValueError(f"{source}: there are no rows.")
     rows = rows.with_format(None)  # rows of a data set in memory may be in NumPy's or pandas' format
     reader, filters = reader or Reader(), filters or Filters()
-    how = [asdict(truncation), asdict(reader), asdict(filters), template.identity, on_bad_row]
+    how = [asdict(truncation), asdict(reader), filters.of_row_settings, template.identity, on_bad_row]
     key = json.dumps([FORMAT_VERSION, rows._fingerprint, _identity(template.tokenizer), *how])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
@@ -226,7 +226,7 @@ def prepare_pairs(
         found = filters.of_set(pairs.digests("key"), pairs.digests("swapped_key"))
         left = np.ones(len(pairs), bool)
         for what, (action, rows) in found.items():
-            report += told(pairs, what, rows, action)
+            report += told(pairs, what, rows & left, action)  # each pair is left out, and counted, once
             left &= ~rows | (action == "keep")
         pairs = pairs.select(left)
     if not len(pairs):
@@ -257,7 +257,7 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     reasons.pop("", None)
     formats.pop("", None)
     names = [name if len(formats) == 1 else f"{name} ({count} rows)" for name, (count, _) in formats.items()]
-    report = [f"{source}: read as: {', '.join(names)}"]
+    report = [f"{source}: read as: {', '.join(names)}"] if names else []
     if unread:
         report.append(f"{source}: columns that are not read: {', '.join(sorted(unread))}")
     reported = sorted(reasons.items(), key=lambda item: (-item[1][0], item[0]))

@@ -16,6 +16,7 @@ from lit_dpo.data.formats import Message, PreferencePair, RowError
 
 THINKING_CUT = "the chat template removed the thinking from a response; data.keep_thinking=true keeps it"
 REASONING_CUT = "the chat template does not write the reasoning that a response has beside its content"
+NO_EOS = "a rendered response does not end with EOS, so the policy is not trained to stop there"
 CONTROL_TOKENS = "a text contains control tokens, which are read as such"
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
 # Extra characters, such as a space, that a template may write between the last turn and an answer
@@ -38,7 +39,7 @@ class Rendered(NamedTuple):
 
     prompt: str
     responses: tuple[tuple[Part, ...], ...]  # from best to worst
-    ends: tuple[bool, ...]  # whether the template wrote something after the answer, for each response
+    ends: bool  # whether the template wrote something after the answers
     notes: tuple[str, ...]
 
 
@@ -101,7 +102,8 @@ class ChatTemplate:
         generation = self._render(pair, [], generate=True)
         conversations = [self._render(pair, response) for response in pair.responses]
         self._check_tools(pair, generation, conversations)
-        prompt, starts = self._boundary(pair, generation, conversations)
+        probe = self._render(pair, [{"role": "assistant", "content": "1"}])
+        prompt, starts = self._boundary(pair, generation, probe, conversations)
         responses = []
         for response, conversation, start in zip(pair.responses, conversations, starts, strict=True):
             parts = self._parts(pair, response, conversation, start)
@@ -114,10 +116,12 @@ class ChatTemplate:
             if any(thoughts not in written for thoughts in beside):
                 notes.add(REASONING_CUT)
             responses.append(tuple(parts))
-        ends = (self._ends_answers,) * len(responses)
+        ends = not probe.rstrip().endswith("1")
         return Rendered(prompt, tuple(responses), ends, tuple(sorted(notes)))
 
-    def _boundary(self, pair: PreferencePair, generation: str, conversations: list[str]) -> tuple[str, list[int]]:
+    def _boundary(
+        self, pair: PreferencePair, generation: str, probe: str, conversations: list[str]
+    ) -> tuple[str, list[int]]:
         """The prompt's text, and where the answer starts in each conversation.
 
         With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
@@ -125,7 +129,7 @@ class ChatTemplate:
         """
         if all(text.startswith(generation) for text in conversations):
             return generation, [len(generation)] * len(conversations)
-        probes = [self._render(pair, [{"role": "assistant", "content": text}]) for text in ("1", "2")]
+        probes = [probe, self._render(pair, [{"role": "assistant", "content": "2"}])]
         prompt = os.path.commonprefix([generation, *probes])  # noqa: RUF071  texts, not paths
         if prompt.startswith(self._render(pair, [])) and all(text.startswith(prompt) for text in conversations):
             return prompt, [len(prompt)] * len(conversations)
@@ -154,7 +158,9 @@ class ChatTemplate:
         if len(pair.prompt) > 1 or any(len(response) > 1 for response in pair.responses):
             raise RowError("data.pretemplated=true takes texts, but the row has lists of messages")
         parts = tuple((Part(str(response[0]["content"]), trained=True),) for response in pair.responses)
-        return Rendered(str(pair.prompt[0]["content"]), parts, (True,) * len(parts), ())
+        eos = self.tokenizer.eos_token
+        stops = all(eos and part.text.rstrip().endswith(eos) for (part,) in parts)
+        return Rendered(str(pair.prompt[0]["content"]), parts, True, () if stops else (NO_EOS,))
 
     def _render(self, pair: PreferencePair, answer: Sequence[Message], generate: bool = False) -> str:
         """The conversation of the pair's prompt and an answer."""
@@ -232,16 +238,6 @@ class ChatTemplate:
         """Matches the tokenizer's special tokens."""
         tokens = sorted({str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special})
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-
-    @cached_property
-    def _ends_answers(self) -> bool:
-        """Whether the template writes something after an answer, such as EOS."""
-        question = {"role": "user", "content": "?"}
-        try:
-            text = self._apply([question, {"role": "assistant", "content": "1"}], [], self.kwargs, generate=False)
-        except RejectedByTemplateError:  # it needs more than a question; then nothing is appended
-            return True
-        return not text.rstrip().endswith("1")
 
     @cached_property
     def _arguments_are_text(self) -> bool:

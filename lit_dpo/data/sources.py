@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lit_dpo.data.file_kinds import BUILDERS, COMPRESSED, builder_of, read_files
+from lit_dpo.data.file_kinds import BUILDERS, COMPRESSED, builder_of, read_files, stem_of
 from lit_dpo.files.packages import locate
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _open(source: str, subset: str | None, revision: str | None) -> Any:
         for folder in (path, path / "data"):
             for file in sorted(folder.iterdir()) if folder.is_dir() else []:
                 if builder_of(file.name) is not None:
-                    files.setdefault(re.split(r"-\d|\.", file.name)[0], []).append(str(file))
+                    files.setdefault(re.split(r"-\d", stem_of(file.name))[0], []).append(str(file))
         if not files:
             raise FileNotFoundError(f"{source} is a folder without any {', '.join(BUILDERS)} file.")
         return files
@@ -127,8 +127,8 @@ def _remote_files(source: str) -> list[str]:
 
     try:
         system, path = fsspec.core.url_to_fs(source)
-        names = system.glob(path) if glob.has_magic(path) else system.find(path) or [path]
-        found = [str(system.unstrip_protocol(name)) for name in names if builder_of(str(name)) and system.exists(name)]
+        names = system.glob(path) if glob.has_magic(path) else system.find(path)
+        found = [str(system.unstrip_protocol(name)) for name in names if builder_of(str(name))]
     except (ImportError, ValueError) as error:
         raise ValueError(f"data source {source}: {error}.") from error
     except OSError as error:

@@ -126,13 +126,13 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, scores: tup
 
     prompt = encode(rendered.prompt)
     responses, runs = [], []
-    for parts, ends in zip(rendered.responses, rendered.ends, strict=True):
+    for parts in rendered.responses:
         if len(parts) == 1:
             ids = encode(rendered.prompt + parts[0].text)
             pieces = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(parts[0].text)]
         else:
             pieces = [encode(part.text) for part in parts]
-        if not ends and tokenizer.eos_token_id is not None:
+        if not rendered.ends and tokenizer.eos_token_id is not None:
             pieces[-1] = [*pieces[-1], tokenizer.eos_token_id]
         responses.append(list(itertools.chain(*pieces)))
         runs.append(_runs([(len(piece), part.trained) for piece, part in zip(pieces, parts, strict=True)]))

@@ -98,8 +98,8 @@ def disable_repacking(model: nn.Module) -> None:
 def keep_residuals_in_float32(model: Any) -> None:
     """Makes the hidden states between layers float32 under autocast to float16.
 
-    A base loaded in float16 would otherwise add up its residual stream in float16, where some models (Qwen2.5, Gemma)
-    exceed the largest number, 65504. Products remain in float16, so this costs only memory for the hidden states.
+    A base loaded in float16 would otherwise add up its residual stream in float16. Large activations exceed its largest
+    number, 65504. Products remain in float16, so this costs only memory for the hidden states.
     """
 
     def widen(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

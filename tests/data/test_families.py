@@ -230,6 +230,10 @@ TWO = {"prompt": QUESTION, "response1": GOOD, "response2": BAD}
             "more than one answer turn",
         ),
         ({"chosen": spoken("a", "b", QUESTION), "rejected": spoken("a", "b", "c", BAD)}, "no answer at the end"),
+        (
+            {"chosen": spoken("a", "b", QUESTION, GOOD), "rejected": spoken("a", "b", "c", BAD)},
+            "conversations part before an answer",
+        ),
         ({"prompt": None, **ANSWERS}, "empty prompt"),
         ({"instruction": "", "input": "", **ANSWERS}, "empty prompt"),
         ({"messages": None, "rejected_response": BAD}, "empty prompt"),
@@ -272,7 +276,7 @@ PLAIN = {"prompt": QUESTION, **ANSWERS}
         ({**PLAIN, "chosen": [{**says(GOOD), "weight": 0}], "rejected": [says(BAD)]}, "'weight', which is not read"),
         (
             {**PLAIN, "prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}]},
-            "part of type 'image_url'",
+            "part that is no text",
         ),
     ],
 )
@@ -371,10 +375,22 @@ def test_columns_that_are_not_read_are_named() -> None:
     )
 
 
+def test_keys_inside_a_list_that_are_not_read_are_named() -> None:
+    listed = [{"response": text, "score": score, "model": "m"} for text, score in ((GOOD, 2), (BAD, 1))]
+    assert Reader()({"instruction": QUESTION, "completions": listed}).unread == ("completions.model",)
+
+
+def test_a_second_prompt_beside_an_instruction_is_not_taken_for_read() -> None:
+    with pytest.raises(RowError, match="'prompt' could change"):
+        Reader()({"instruction": "Translate.", "input": QUESTION, "prompt": "Other.", **ANSWERS})
+
+
 def test_columns_can_be_ignored_and_have_names_of_ones_own() -> None:
     reader = Reader(columns={"prompt": "asked", "chosen": "won", "rejected": "lost"}, ignore=("image",))
     result = reader({"asked": QUESTION, "won": GOOD, "lost": BAD, "image": "a.png", "prompt": "another"}).result
     assert result == PreferencePair([USER], [says(GOOD)], [says(BAD)])
+    unread = reader({"asked": QUESTION, "won": GOOD, "lost": BAD, "prompt": "another"}).unread
+    assert unread == ("prompt (replaced by data.columns)",)
     with pytest.raises(RowError, match=r"data\.columns names 'lost'"):
         reader({"asked": QUESTION, "won": GOOD})
 

@@ -61,23 +61,20 @@ TWICE = [row(), row(prompt="why?"), row(), row("a roof", "a mat"), row()]
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"),
+    ("options", "kept", "counts"),
     [
-        ({}, [0, 1, 2, 3, 4]),
-        ({"duplicates": "drop"}, [0, 1, 3]),
-        ({"contradictions": "drop"}, [1]),
-        ({"duplicates": "drop", "contradictions": "drop"}, [1]),
+        ({}, [0, 1, 2, 3, 4], ["4", "2"]),
+        ({"duplicates": "drop"}, [0, 1, 3], ["4", "left out 2"]),
+        ({"contradictions": "drop"}, [1], ["left out 4"]),
+        ({"duplicates": "drop", "contradictions": "drop"}, [1], ["left out 4"]),  # each pair is counted once
     ],
 )
-def test_duplicates_and_contradictions_are_counted_or_left_out(options: dict[str, Any], kept: list[int]) -> None:
-    drops = ["left out " if options.get(name) == "drop" else "" for name in ("duplicates", "contradictions")]
-    assert prepared(TWICE, **options) == (
-        kept,
-        [
-            f"x: {drops[0]}2 of 5 pairs: {DUPLICATE} (first: row 2)",
-            f"x: {drops[1]}4 of 5 pairs: {CONTRADICTORY} (first: row 0)",
-        ],
-    )
+def test_duplicates_and_contradictions_are_counted_or_left_out(
+    options: dict[str, Any], kept: list[int], counts: list[str]
+) -> None:
+    found = zip(counts, ((CONTRADICTORY, 0), (DUPLICATE, 2)), strict=False)
+    told = [f"x: {count} of 5 pairs: {what} (first: row {first})" for count, (what, first) in found]
+    assert prepared(TWICE, **options) == (kept, told)
 
 
 def test_prompts_that_are_held_out_are_not_trained_on() -> None:

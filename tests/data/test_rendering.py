@@ -9,7 +9,14 @@ from datasets import Dataset
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.formats import Message, PreferencePair, RowError
 from lit_dpo.data.preparation import prepare_pairs
-from lit_dpo.data.rendering import CONTROL_TOKENS, REASONING_CUT, THINKING_CUT, ChatTemplate, RejectedByTemplateError
+from lit_dpo.data.rendering import (
+    CONTROL_TOKENS,
+    NO_EOS,
+    REASONING_CUT,
+    THINKING_CUT,
+    ChatTemplate,
+    RejectedByTemplateError,
+)
 from lit_dpo.data.tokenization import Truncation, tokenize
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -65,7 +72,7 @@ def test_tool_schemas_and_calls_are_rendered_in_the_form_that_the_template_takes
     found = template(TOOLS.replace("ARGUMENTS", arguments))(pair(chosen, tools=[schema]))
     assert found.prompt.startswith('<|im_start|>tools\n[{"type": "function", "function": {"name": "f"}}]<|im_end|>')
     assert texts(found) == [f"{expected}<|im_end|>\n", "ran away<|im_end|>\n"]
-    assert found.ends == (True, True)
+    assert found.ends
 
 
 def test_only_the_assistants_messages_of_a_response_are_trained() -> None:
@@ -182,6 +189,8 @@ def test_texts_that_are_rendered_already_are_refused_or_taken_as_they_are() -> N
     tokens = tokenize(made(rendered), made.tokenizer)
     expected = tokenize(template()(pair("sat", "ran")), made.tokenizer)
     assert tokens == expected
+    assert made(rendered).notes == ()
+    assert made(pair("sat", "ran<|im_end|>", RENDERED)).notes == (NO_EOS,)
     with pytest.raises(RowError, match="takes texts"):
         made(pair(prompt=[USER, says("a"), USER]))
 

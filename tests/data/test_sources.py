@@ -34,6 +34,9 @@ def test_a_folders_files_are_its_splits(tmp_path: Path) -> None:
     Dataset.from_list(ROWS[:2]).to_parquet(str(tmp_path / "data/train_prefs-00000-of-00002.parquet"))
     Dataset.from_list(ROWS[2:3]).to_parquet(str(tmp_path / "data/train_prefs-00001-of-00002.parquet"))
     write_jsonl(tmp_path / "test_prefs.jsonl", ROWS[3:])
+    with gzip.open(tmp_path / "v1.5-extra.jsonl.gz", "wt") as file:
+        file.write(json.dumps(ROWS[0]))
+    assert load_rows(str(tmp_path), "v1.5-extra", TRAIN_SPLITS)[0].to_list() == ROWS[:1]
     assert load_rows(str(tmp_path), None, TRAIN_SPLITS)[0].to_list() == ROWS[:3]
     rows, place = load_rows(str(tmp_path), None, EVAL_SPLITS)
     assert rows.to_list() == ROWS[3:]

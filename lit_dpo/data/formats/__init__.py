@@ -108,7 +108,7 @@ class Reader:
                 f"{' and '.join(map(repr, unsafe))} could change what is trained, but {family.name} does not read it. "
                 f"To leave it out on purpose, set data.ignore={unsafe}"
             )
-        return Reading(family.name, result, tuple(unread))
+        return Reading(family.name, result, (*unread, *sorted(row.nested)))
 
     def _row(self, columns: Mapping[str, Any]) -> Row:
         """The row under the names that formats know, without the columns to ignore."""
@@ -116,10 +116,9 @@ class Reader:
         if missing:
             raise RowError(f"data.columns names {', '.join(map(repr, missing))}, but the columns are {sorted(columns)}")
         known = {theirs: ours for ours, theirs in self.columns.items()}
-        taken = {
-            known.get(name, name): value for name, value in columns.items() if name not in self.columns or name in known
-        }
-        return Row({name: value for name, value in taken.items() if name not in self.ignore})
+        # A column whose name another one takes is kept under a name of its own, to be told of.
+        renamed = {name: f"{name} (replaced by data.columns)" for name in self.columns if name not in known} | known
+        return Row({renamed.get(name, name): columns[name] for name in columns if name not in self.ignore})
 
     def _complete(self, row: Row, pair: PreferencePair) -> PreferencePair | str:
         """Adds tools, template arguments and the system message, and decides about responses of several messages."""

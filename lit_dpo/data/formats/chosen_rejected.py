@@ -95,7 +95,8 @@ def read_two(row: Row, better: str, worse: str, question: str | None = None) -> 
     whole = not isinstance(chosen, str) and responses[0][0]["role"] != "assistant"
     try:
         lead = [] if value is None else messages(value, column or "prompt")
-        row.read.add(column or "prompt")
+        if column is not None:
+            row.read.add(column)
     except RowError:
         if not whole:
             raise

@@ -143,9 +143,9 @@ def text_of(content: Any, column: str) -> str:
         return content
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         for part in content:
-            if part.get("type") not in TEXT_PARTS:
-                raise RowError(f"a message of {column!r} has a part of type {part.get('type')!r}; only text is read")
-        return "".join(str(part.get("text") or "") for part in content)
+            if part.get("type") not in TEXT_PARTS or "text" not in part:
+                raise RowError(f"a message of {column!r} has a part that is no text: {part!r:.80}")
+        return "".join(str(part["text"] or "") for part in content)
     raise RowError(f"the content of a message of {column!r} must be text, not {type(content).__name__}")
 
 

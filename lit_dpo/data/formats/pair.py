@@ -21,6 +21,7 @@ class Row(Mapping[str, Any]):
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self.columns = columns
         self.read: set[str] = set()
+        self.nested: set[str] = set()  # keys inside columns that were not read, as "completions.model"
 
     def __getitem__(self, name: str) -> Any:
         value = self.columns[name]
@@ -86,8 +87,10 @@ def make_pair(
         return "empty prompt"
     if any(not response or not has_text(response[-1]) for response in responses):
         return "empty response"
-    if any(response[0]["role"] != "assistant" or response[-1]["role"] != "assistant" for response in responses):
+    if any(response[-1]["role"] != "assistant" for response in responses):
         return "no answer at the end"
+    if any(response[0]["role"] != "assistant" for response in responses):
+        return "conversations part before an answer"
     chosen, *between, rejected = responses
     if chosen == rejected:
         return "identical responses"

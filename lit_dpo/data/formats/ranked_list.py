@@ -20,6 +20,7 @@ from lit_dpo.data.formats.pair import Message, PreferencePair, Row, RowError, ha
 LISTS = ("completions", "responses", "answers")
 TEXTS = ("response", "completion", "answer", "text")
 # UltraFeedback's "fine-grained_score" is the mean of four ratings. Its "overall_score" is wrong for some completions.
+MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls")
 COLUMNS, RANKS = ("scores", "ratings", "rewards"), ("ranks", "rank")
 SCORE_NAMES = ("fine-grained_score", "overall_score", "score")
 
@@ -48,6 +49,8 @@ def read(row: Row, max_responses: int = 2) -> PreferencePair | str:
     if not listed:
         return "no two different responses"
     scores = _scores(row, listed, name)
+    keys = {key for entry in listed if isinstance(entry, Mapping) for key in entry if entry[key] is not None}
+    row.nested |= {f"{name}.{key}" for key in keys - {*TEXTS, *MESSAGE_KEYS, *SCORE_NAMES, "rank"}}
     turns = with_context(row, messages(row[column], column))
     if not turns or not has_text(turns[-1]):
         return "empty prompt"
@@ -113,7 +116,7 @@ def _scores(row: Row, listed: Sequence[Any], name: str) -> list[float]:
     if name != "responses":
         raise RowError(f"the {name} have no score or rank, under none of the names {', '.join((*SCORE_NAMES, 'rank'))}")
     for entry in entries:
-        if unknown := sorted(set(entry) - {*TEXTS, "role", "content", "from", "value", "tool_calls"}):
+        if unknown := sorted(set(entry) - {*TEXTS, *MESSAGE_KEYS}):
             raise RowError(f"the {name} have {', '.join(unknown)}, and nothing says which of them is best")
     for column_name, values in row.unread().items():
         numbers = (
