@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import lzma
 import zlib
 from collections.abc import Sequence
@@ -63,6 +64,9 @@ def read_files(files: Sequence[str], source: str) -> "Dataset":
     if len(builders) > 1:
         raise ValueError(f"{source}: {names} are files of several kinds. Give files of one kind.")
     (builder,) = builders
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would print an error of its own before ours
     try:
         find_options = {"json": _json_options, "csv": _csv_options}.get(builder)
         options = {} if find_options is None else find_options(files[0])
@@ -70,7 +74,10 @@ def read_files(files: Sequence[str], source: str) -> "Dataset":
     except (DatasetGenerationError, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         where = _broken_line(files) if builder == "json" else None
         what = where or f"{names} cannot be read: {str(error.__cause__ or error).splitlines()[0]:.200}"
-        raise ValueError(f"{source}: {what}") from error
+        is_one_file = source.endswith(names)
+        raise ValueError(source + what.removeprefix(names) if is_one_file else f"{source}: {what}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _open(file: str, errors: str = "strict") -> IO[str]:
