@@ -15,7 +15,8 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import MultiTurn, Reader
 from lit_dpo.data.loading import PairLoading, template_text
-from lit_dpo.data.preparation import OnBadRow, PairDataset
+from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.preparation import OnBadRow
 from lit_dpo.data.sampler import EvalSampler, PairSampler
 from lit_dpo.data.sources import Rows
 from lit_dpo.data.tokenization import Overlong, Truncation

@@ -36,6 +36,7 @@ WAY = [
     "rendering",
     "tokenization",
     "batch",
+    "pairs",
     "sampler",
     "file_kinds",
     "sources",

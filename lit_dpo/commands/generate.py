@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig
 
-from lit_dpo.data.preparation import PairDataset
+from lit_dpo.data.pairs import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.console import say
 from lit_dpo.module import DPOModule

@@ -1,1 +1,1 @@
-"""The data pipeline, one file per step: sources, formats, tokenization, preparation, sampler, batch."""
+"""The data pipeline, one file per step: from sources, formats and rendering to pairs, batches and their sampler."""

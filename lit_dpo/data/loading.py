@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.filters import LEAKED, Filters
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.preparation import OnBadRow, PairDataset, prepare_pairs, told
+from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.preparation import OnBadRow, prepare_pairs, told
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Truncation

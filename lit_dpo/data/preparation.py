@@ -3,17 +3,15 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.filters import Action, Filters
 from lit_dpo.data.formats import Reader, Reading, RowError
+from lit_dpo.data.pairs import PairDataset, index_array
 from lit_dpo.data.rendering import ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 from lit_dpo.files.cache import cache_dir
@@ -25,106 +23,6 @@ if TYPE_CHECKING:
 MOST_REASONS = 20  # that are told in a line each; the messages of a template may differ from row to row
 OnBadRow: TypeAlias = Literal["stop", "drop"]
 FORMAT_VERSION = 4  # increment when the meaning of the cached columns changes
-
-
-class PairDataset(torch.utils.data.Dataset[PairBatch]):
-    """Tokenized pairs. Indexing with a list of indices gives a batch.
-
-    Args:
-        columns: The cached data set. Its columns are those of ``cache_features``.
-        indices: Row numbers of the pairs in ``columns``, in the order to use.
-        source: Name of the data source, for messages.
-    """
-
-    def __init__(self, columns: "Dataset", indices: Sequence[int], source: str) -> None:
-        self.columns, self.indices, self.source = columns, indices, source
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, indices: list[int]) -> PairBatch:
-        return PairBatch.from_pairs([self.pair(index) for index in indices])
-
-    def pair(self, index: int) -> TokenizedPair:
-        """The tokenized pair at ``index``."""
-        row = self.columns[self.indices[index]]
-        parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
-        runs = tuple(map(tuple, row["runs"]))
-        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs)
-
-    def require_scores(self, reader: str) -> None:
-        """Checks that every pair has scores, and that the chosen score is not below the rejected score.
-
-        Args:
-            reader: Name of the objective that uses the scores, for the message.
-
-        Raises:
-            ValueError: If a pair has no scores, or if its rejected response has the higher score.
-        """
-        everything = range(len(self))
-        for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
-            if not scores:
-                raise ValueError(
-                    f"{self.source}, row {row}: the row has no scores, but {reader} needs them. Give each row "
-                    "score_chosen and score_rejected, or a list of responses with scores."
-                )
-            if scores[0] < scores[-1]:
-                raise ValueError(
-                    f"{self.source}, row {row}: the chosen response has the score {scores[0]:g} and the rejected one "
-                    f"{scores[-1]:g}; {reader} takes no pair whose scores contradict its order. Leave such rows out."
-                )
-
-    def keys(self, indices: Sequence[int]) -> list[bytes]:
-        """``TokenizedPair.key`` of the pairs at ``indices``. Their tokens are not read."""
-        return self._column("key", indices)
-
-    def num_tokens(self, indices: Sequence[int]) -> list[int]:
-        """Number of tokens, prompt and responses together, of each of the pairs at ``indices``."""
-        return self._column("num_tokens", indices)
-
-    def _column(self, name: str, indices: Sequence[int]) -> list[Any]:
-        rows = np.array([self.indices[index] for index in indices], np.int64)
-        return self.columns.data.column(name).take(rows).to_pylist()  # type: ignore[no-any-return]
-
-    def prompt(self, index: int) -> tuple[str, list[int]]:
-        """The text of the last user turn in a pair's prompt, and the token ids of the whole prompt."""
-        row = self.columns[self.indices[index]]
-        return row["question"], row["prompt"]
-
-    def split_off(self, size: float, seed: int) -> tuple["PairDataset", "PairDataset"]:
-        """Splits off ``size`` pairs at random. Pairs with the same prompt stay together.
-
-        Args:
-            size: Number of pairs to split off, or their share if below 1.
-            seed: Seed of the random choice.
-
-        Returns:
-            The remaining pairs, and the pairs that were split off.
-
-        Raises:
-            ValueError: If either part would be empty.
-        """
-        # Groups of the same prompt, numbered in the order of their first pairs
-        _, first, group = np.unique(self.digests("prompt_key"), return_index=True, return_inverse=True)
-        group = np.argsort(np.argsort(first))[group]
-        wanted = round(size * len(self)) if size < 1 else int(size)
-        order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
-        number = int(np.searchsorted(np.bincount(group)[order].cumsum(), wanted)) + 1
-        held_out = np.isin(group, order[:number])
-        if not 0 < held_out.sum() < len(self):
-            raise ValueError(
-                f"data.val_size={size} would hold out {held_out.sum()} of the {len(self)} pairs of {self.source}."
-            )
-        return self.select(~held_out), self.select(held_out)
-
-    def select(self, mask: np.ndarray) -> "PairDataset":
-        """The pairs for which the mask, (P,), is true."""
-        return PairDataset(self.columns, _index_array(np.asarray(self.indices)[mask]), self.source)
-
-    def digests(self, name: str) -> np.ndarray:
-        """A column of 16-byte digests of all pairs, (P,): ``key``, ``swapped_key`` or ``prompt_key``."""
-        column = self.columns.data.column(name).take(np.asarray(self.indices, np.int64)).combine_chunks()
-        return np.frombuffer(b"".join(column.to_pylist()), "S16")
 
 
 def cache_features() -> "Features":
@@ -272,12 +170,7 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
         f"{source}: {count} of {total} pairs: {note} (first: row {first})"
         for note, (count, first) in sorted(notes.items())
     ]
-    return _index_array(np.flatnonzero(columns.data.column("reason").to_numpy() == "")), report
-
-
-def _index_array(indices: np.ndarray) -> "array[int]":
-    """Row numbers as Python's compact array, whose items are plain integers."""
-    return array("q", indices.astype(np.int64).tobytes())
+    return index_array(np.flatnonzero(columns.data.column("reason").to_numpy() == "")), report
 
 
 def _counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:

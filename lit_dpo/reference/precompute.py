@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_dpo.data.preparation import PairDataset
+from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
 from lit_dpo.reference.cache import CachedReference
 

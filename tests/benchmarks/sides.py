@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lit_dpo.base.names import resolve_base
 from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.filters import Filters
-from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.policy.adapters import LORA

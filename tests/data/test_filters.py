@@ -7,7 +7,8 @@ from datasets import Dataset
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data.filters import AGAINST, CONTRADICTORY, DUPLICATE, LEAKED, TIED, Filters
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.preparation import PairDataset, prepare_pairs
+from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from tests.tiny import made_up_rows, tiny_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lit_dpo.data.preparation import PairDataset
+from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import PairSampler
 
 
