@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,26 +315,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def test_help_tells_of_every_argument_with_its_default() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-m", "lit_dpo", "fit", "--help"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "--data.max_length MAX_LENGTH" in printed
-    ours = [
-        part
-        for part in printed.split("\n  --")[1:]
-        if part.startswith(("data.", "model.")) and ".help" not in part[:40] and "CONFIG" not in part[:40]
-    ]
-    for part in ours:
-        text = " ".join(part.split())
-        assert "default:" in text or "required" in text, text
-        assert len(text.split(" (type")[0].split()) > 4, f"no sentence: {text}"
-
-
 def test_top_level_help_is_quick() -> None:
     start = time.perf_counter()
     printed = subprocess.run(
@@ -378,7 +359,7 @@ def test_every_objective_through_the_front_door(tiny: list[str], tiny_base: str,
     checkpoint = "runs/door/version_0/checkpoints/last.ckpt"
     stored = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["objective"]["class_path"]
     assert stored.endswith(f".{objective[0]}")
-    if len(objective) > 1:
+    if "WPO" in objective or "Mixture" in objective:
         main(["validate", "--ckpt_path", checkpoint, *arguments])  # the objective comes from the checkpoint
 
 
@@ -644,28 +625,19 @@ def test_a_guard_that_stops_leaves_a_whole_run_behind(tiny: list[str]) -> None:
     assert 0 < steps < 12
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
-def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(
-    tiny: list[str], number: signal.Signals, status: int
-) -> None:
-    # Compilation would pay over so many epochs, and take longer than all else here.
-    many = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0", "--model.compile", "false"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_dpo", "fit", *tiny, *many],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    path = Path("runs/dpo/version_0/metrics.csv")
+# Compilation would pay over so many epochs, and take longer than all else here.
+LONG = ["--trainer.max_epochs", "400", "--samples.num_prompts", "0", "--model.compile", "false"]
+
+
+def interrupt_once_it_trains(process: int, number: signal.Signals) -> None:
+    path = Path("runs/dpo/version_0/metrics.csv").absolute()
     deadline = time.monotonic() + 90
     while not (path.exists() and len(path.read_text().splitlines()) > 4) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[0]
-    assert "Traceback" not in printed
-    assert "Resume with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
-    assert process.returncode == status
+    os.kill(process, number)
+
+
+def assert_saved_and_goes_on(tiny: list[str]) -> None:
     assert Path("runs/dpo/version_0/adapter/adapter_model.safetensors").exists()
     step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 0 < step < 1600
@@ -673,6 +645,31 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(
     epochs = str(step // 4 + 2)
     main(["fit", *tiny, *arguments, "--trainer.max_epochs", epochs, "--samples.num_prompts", "0"])
     assert torch.load("runs/dpo/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == int(epochs) * 4
+
+
+def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(tiny: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_dpo", "fit", *tiny, *LONG],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    interrupt_once_it_trains(process.pid, signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert "Traceback" not in printed
+    assert "Resume with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
+    assert process.returncode == 143
+    assert_saved_and_goes_on(tiny)
+
+
+def test_ctrl_c_saves_and_goes_on_from_there(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    threading.Thread(target=interrupt_once_it_trains, args=(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *tiny, *LONG])
+    assert ended.value.code == 1
+    assert "Resume with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in caplog.text
+    assert_saved_and_goes_on(tiny)
 
 
 def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:

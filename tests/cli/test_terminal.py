@@ -150,15 +150,24 @@ def test_a_number_of_batches_is_not_a_share() -> None:
         assert (found, type(found)) == (expected, type(expected))
 
 
-def test_help_is_quick_and_the_same_when_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_help_tells_of_every_argument_and_is_quick_once_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
-    command = [sys.executable, "-m", "lit_dpo", "validate", "-h"]
-    built = subprocess.run(command, env=environment(), capture_output=True, check=True).stdout
+    command = [sys.executable, "-m", "lit_dpo", "fit", "--help"]
+    built = subprocess.run(command, env=environment(), capture_output=True, check=True, text=True).stdout
     start = time.perf_counter()
-    kept = subprocess.run(command, env=environment(), capture_output=True, check=True).stdout
+    kept = subprocess.run(command, env=environment(), capture_output=True, check=True, text=True).stdout
     assert time.perf_counter() - start < 5
     assert built == kept
-    assert b"--trainer.limit_val_batches" in kept
+    assert "--data.max_length MAX_LENGTH" in kept
+    ours = [
+        part
+        for part in kept.split("\n  --")[1:]
+        if part.startswith(("data.", "model.")) and ".help" not in part[:40] and "CONFIG" not in part[:40]
+    ]
+    for part in ours:
+        text = " ".join(part.split())
+        assert "default:" in text or "required" in text, text
+        assert len(text.split(" (type")[0].split()) > 4, f"no sentence: {text}"
 
 
 def test_help_is_built_anew_for_other_packages_and_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ OBJECTIVES = dict(zip(STEPS_LOSSES, (Sigmoid(BETA), IPO(BETA), APOZero(BETA)), s
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("sigmoid", 20),
+        ("sigmoid", 10),
+        pytest.param("sigmoid", 20, marks=pytest.mark.slow),
         pytest.param("ipo", 20, marks=pytest.mark.slow),
         pytest.param("apo_zero", 20, marks=pytest.mark.slow),
     ],

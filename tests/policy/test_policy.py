@@ -71,16 +71,12 @@ SHORT = [(1, 1, 1), (7, 5, 5), (7, 5, 5), (1, 2, 1), (2, 1, 3), (3, 1, 1), (1, 1
 
 def test_on_the_embedded_model(embedded_base: str) -> None:
     """16 pairs in one flat row against padded rows of one response each, with transformers' own attention."""
-    flat = tiny_policy(embedded_base, "flat", recompute=True)
+    flat = tiny_policy(embedded_base, "flat")
     padded = tiny_policy(embedded_base, "padded")
     pairs = random_pairs([*PECULIAR, *SHORT], vocabulary=40_000)
     logps = flat.logps(PairBatch.from_pairs(pairs))
     found = torch.stack([logps.chosen, logps.rejected], dim=1)
     gradients = adapter_gradients_of(flat, logps)
-    few = PairBatch.from_pairs(pairs[-8:])
-    recomputed = adapter_gradients(flat, few)
-    flat.recomputation._switch(False)
-    assert_same(adapter_gradients(flat, few), recomputed, SMOLLM2)
     expected = []
     # Each response is a row of its own, padded at its end: short ones together, long ones alone.
     for few_pairs in (pairs[:3], pairs[3:4], pairs[4:7], pairs[7:8], pairs[8:]):
