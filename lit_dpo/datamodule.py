@@ -63,7 +63,7 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: Number of pairs in a training batch of one process.
         eval_batch_size: Number of pairs in an evaluation batch of one process; by default ``batch_size``.
         num_workers: Number of processes that load batches in advance; 0 loads them in the training process.
-        num_proc: Number of processes that tokenize; by default only the training process.
+        num_proc: Number of processes that tokenize; by default one for each CPU core, if there are many rows.
         shuffle: Whether to train in a new random order in each epoch.
         seed: Seed of the training order and of the choice of held-out pairs by ``val_size``.
         tokenizer: Tokenizer, or name of a base model that has one; by default the tokenizer of the trained model.

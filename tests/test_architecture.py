@@ -34,6 +34,7 @@ WAY = [
     "formats",
     "filters",
     "rendering",
+    "encoding",
     "tokenization",
     "batch",
     "pairs",

@@ -37,7 +37,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         row = self.columns[self.indices[index]]
         parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
         runs = tuple(map(tuple, row["runs"]))
-        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs)
+        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs, row["key"])
 
     def require_scores(self, reader: str) -> None:
         """Checks that every pair has scores, and that the chosen score is not below the rejected score.
@@ -48,18 +48,29 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         Raises:
             ValueError: If a pair has no scores, or if its rejected response has the higher score.
         """
-        everything = range(len(self))
-        for row, scores in zip(self._column("row", everything), self._column("scores", everything), strict=True):
-            if not scores:
-                raise ValueError(
-                    f"{self.source}, row {row}: the row has no scores, but {reader} needs them. Give each row "
-                    "score_chosen and score_rejected, or a list of responses with scores."
-                )
-            if scores[0] < scores[-1]:
-                raise ValueError(
-                    f"{self.source}, row {row}: the chosen response has the score {scores[0]:g} and the rejected one "
-                    f"{scores[-1]:g}; {reader} takes no pair whose scores contradict its order. Leave such rows out."
-                )
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        scores = self._taken("scores")
+        number = pc.list_value_length(scores).to_numpy(zero_copy_only=False)
+        wrong = number == 0
+        if not wrong.any():
+            best, worst = (
+                pc.list_flatten(scores).to_numpy()[place] for place in (number.cumsum() - number, number.cumsum() - 1)
+            )
+            wrong = best < worst
+        if not wrong.any():
+            return
+        first = int(wrong.argmax())
+        row = f"{self.source}, row {self._taken('row')[first].as_py()}"
+        if number[first] == 0:
+            raise ValueError(
+                f"{row}: the row has no scores, but {reader} needs them. Give each row score_chosen and "
+                "score_rejected, or a list of responses with scores."
+            )
+        raise ValueError(
+            f"{row}: the chosen response has the score {best[first]:g} and the rejected one {worst[first]:g}; {reader} "
+            "takes no pair whose scores contradict its order. Leave such rows out."
+        )
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
         """``TokenizedPair.key`` of the pairs at ``indices``. Their tokens are not read."""
@@ -110,8 +121,14 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
     def digests(self, name: str) -> np.ndarray:
         """A column of 16-byte digests of all pairs, (P,): ``key``, ``swapped_key`` or ``prompt_key``."""
-        column = self.columns.data.column(name).take(np.asarray(self.indices, np.int64)).combine_chunks()
-        return np.frombuffer(b"".join(column.to_pylist()), "S16")
+        import pyarrow as pa
+
+        column = self._taken(name).cast(pa.binary(16))
+        return np.frombuffer(column.buffers()[1], "S16", len(column), 16 * column.offset)
+
+    def _taken(self, name: str) -> Any:
+        """A column of all pairs, as an Arrow array."""
+        return self.columns.data.column(name).take(np.asarray(self.indices, np.int64)).combine_chunks()
 
 
 def index_array(indices: np.ndarray) -> "array[int]":

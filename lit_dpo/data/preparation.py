@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import os
 from array import array
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.filters import Action, Filters
 from lit_dpo.data.formats import Reader, Reading, RowError
 from lit_dpo.data.pairs import PairDataset, index_array
@@ -20,8 +22,11 @@ from lit_dpo.files.console import library_bars
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+MANY_ROWS = 200  # for which it pays to keep the ids of words
+ROWS_OF_A_PROCESS = 2000  # for which it pays to start one
 MOST_REASONS = 20  # that are told in a line each; the messages of a template may differ from row to row
 OnBadRow: TypeAlias = Literal["stop", "drop"]
+LEFT_OUT = TokenizedPair([], [], [])
 FORMAT_VERSION = 4  # increment when the meaning of the cached columns changes
 
 
@@ -79,7 +84,8 @@ def prepare_pairs(
         filters: Leaves out pairs that could be trained on; by default none. Its ``leaks`` are not looked at here.
         on_bad_row: What to do with a row in no known format, or that the chat template rejects: ``stop``, or ``drop``
             it and count it.
-        num_proc: Number of processes that tokenize; None tokenizes in this process.
+        num_proc: Number of processes that tokenize; None takes one for each CPU core, if there are many rows and the
+            system can fork processes.
         progress_bar: Whether to show a progress bar.
 
     Returns:
@@ -98,24 +104,18 @@ def prepare_pairs(
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = cache_dir() / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
+    encode = Encoder(template.tokenizer, keep_words=len(rows) >= MANY_ROWS)
     with library_bars(progress_bar, "datasets"):
         columns = rows.map(
-            _prepare_row,
+            _Preparation(source, template, encode, truncation, reader, filters, on_bad_row),
             with_indices=True,
-            fn_kwargs={
-                "source": source,
-                "template": template,
-                "truncation": truncation,
-                "reader": reader,
-                "filters": filters,
-                "on_bad_row": on_bad_row,
-            },
+            batched=True,
             remove_columns=rows.column_names,
             features=cache_features(),
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             load_from_cache_file=True,
             new_fingerprint=fingerprint,
-            num_proc=num_proc,
+            num_proc=num_proc or _processes(len(rows)),
             desc=f"Tokenizing {source}",
         )
     kept, report = _report(columns, source)
@@ -188,55 +188,76 @@ def _counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
     return {texts[c]: (int(n), int(rows[f])) for c, f, n in zip(codes, first, count, strict=True)}
 
 
-def _prepare_row(
-    row: dict[str, Any],
-    index: int,
-    source: str,
-    template: ChatTemplate,
-    truncation: Truncation,
-    reader: Reader,
-    filters: Filters,
-    on_bad_row: OnBadRow,
-) -> dict[str, Any]:
-    """Turns one source row into one row of the cached data set."""
-    reading = Reading("", "", ())
-    notes: list[str] = []
-    result: TokenizedPair | str
-    try:
-        reading = reader(row)
-        if isinstance(reading.result, str):
-            result = reading.result
-        else:
-            rendered = template(reading.result)
-            unwanted, notes = filters.of_row(reading.result)
-            notes += rendered.notes
-            result = unwanted or truncation(tokenize(rendered, template.tokenizer, reading.result.scores))
-    except (RowError, RejectedByTemplateError) as error:
-        if on_bad_row == "stop":
-            raise ValueError(
-                f"{source}, row {index}: {str(error).rstrip('.')}. To leave out such rows, set data.on_bad_row=drop."
-            ) from error
-        result = str(error)
-    reason, pair = (result, TokenizedPair([], [], [])) if isinstance(result, str) else ("", result)
-    question = "" if isinstance(reading.result, str) or reason else str(reading.result.prompt[-1]["content"])
-    return {
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "between": list(pair.between),
-        "runs": [list(run) for run in pair.runs],
-        "scores": list(pair.scores),
-        "question": question,
-        "row": index,
-        "num_tokens": pair.num_tokens,
-        "key": pair.key,
-        "swapped_key": replace(pair, chosen=pair.rejected, rejected=pair.chosen, runs=pair.runs[::-1]).key,
-        "prompt_key": TokenizedPair(pair.prompt, [], []).key,
-        "reason": reason,
-        "format": reading.format,
-        "notes": [] if reason else notes,
-        "unread": list(reading.unread),
-    }
+@dataclass(frozen=True)
+class _Preparation:
+    """How rows become pairs. For the fields see ``prepare_pairs``."""
+
+    source: str
+    template: ChatTemplate
+    encode: Encoder
+    truncation: Truncation
+    reader: Reader
+    filters: Filters
+    on_bad_row: OnBadRow
+
+    def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Turns source rows, column by column, into rows of the cached data set."""
+        rows = zip(*columns.values(), strict=True)
+        found = [
+            self.row(dict(zip(columns, row, strict=True)), index) for row, index in zip(rows, indices, strict=True)
+        ]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    def row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """Turns one source row into one row of the cached data set."""
+        reading = Reading("", "", ())
+        notes: list[str] = []
+        result: TokenizedPair | str
+        try:
+            reading = self.reader(row)
+            if isinstance(reading.result, str):
+                result = reading.result
+            else:
+                rendered = self.template(reading.result)
+                unwanted, notes = self.filters.of_row(reading.result)
+                notes += rendered.notes
+                result = unwanted or self.truncation(tokenize(rendered, self.encode, reading.result.scores))
+        except (RowError, RejectedByTemplateError) as error:
+            if self.on_bad_row == "stop":
+                raise ValueError(
+                    f"{self.source}, row {index}: {str(error).rstrip('.')}. To leave out such rows, set "
+                    "data.on_bad_row=drop."
+                ) from error
+            result = str(error)
+        reason, pair = (result, LEFT_OUT) if isinstance(result, str) else ("", result)
+        question = "" if isinstance(reading.result, str) or reason else str(reading.result.prompt[-1]["content"])
+        return {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "between": list(pair.between),
+            "runs": [list(run) for run in pair.runs],
+            "scores": list(pair.scores),
+            "question": question,
+            "row": index,
+            "num_tokens": pair.num_tokens,
+            "key": pair.key,
+            "swapped_key": replace(pair, chosen=pair.rejected, rejected=pair.chosen, runs=pair.runs[::-1]).key,
+            "prompt_key": TokenizedPair(pair.prompt, [], []).key,
+            "reason": reason,
+            "format": reading.format,
+            "notes": [] if reason else notes,
+            "unread": list(reading.unread),
+        }
+
+
+def _processes(rows: int) -> int | None:
+    """Number of processes to tokenize so many rows with; None for this process alone."""
+    import multiprocess  # type: ignore[import-untyped]  # what datasets starts processes with
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    number = min(cores, rows // ROWS_OF_A_PROCESS)
+    return number if number > 1 and multiprocess.get_start_method() == "fork" else None
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:

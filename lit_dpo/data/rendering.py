@@ -63,6 +63,7 @@ class ChatTemplate:
     pretemplated: bool = False
     keep_thinking: bool = False
     date: str | None = None
+    _found_ends: dict[Any, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.pretemplated:
@@ -99,11 +100,10 @@ class ChatTemplate:
                     "take the texts as they are, set data.pretemplated=true"
                 )
             notes.add(CONTROL_TOKENS)
-        generation = self._render(pair, [], generate=True)
-        conversations = [self._render(pair, response) for response in pair.responses]
+        [generation] = self._render(pair, [], generate=True)
+        conversations = self._render(pair, *pair.responses)
         self._check_tools(pair, generation, conversations)
-        probe = self._render(pair, [{"role": "assistant", "content": "1"}])
-        prompt, starts = self._boundary(pair, generation, probe, conversations)
+        prompt, starts = self._boundary(pair, generation, conversations)
         responses = []
         for response, conversation, start in zip(pair.responses, conversations, starts, strict=True):
             parts = self._parts(pair, response, conversation, start)
@@ -116,12 +116,18 @@ class ChatTemplate:
             if any(thoughts not in written for thoughts in beside):
                 notes.add(REASONING_CUT)
             responses.append(tuple(parts))
-        ends = not probe.rstrip().endswith("1")
-        return Rendered(prompt, tuple(responses), ends, tuple(sorted(notes)))
+        return Rendered(prompt, tuple(responses), self._ends(pair), tuple(sorted(notes)))
 
-    def _boundary(
-        self, pair: PreferencePair, generation: str, probe: str, conversations: list[str]
-    ) -> tuple[str, list[int]]:
+    def _ends(self, pair: PreferencePair) -> bool:
+        """Whether the template writes something after an answer. It is asked once for each sequence of roles."""
+        options = json.dumps({**self.kwargs, **pair.template_kwargs}, sort_keys=True, default=str)
+        case = (tuple(turn["role"] for turn in pair.prompt), bool(pair.tools), options)
+        if case not in self._found_ends:
+            [probe] = self._render(pair, [{"role": "assistant", "content": "1"}])
+            self._found_ends[case] = not probe.rstrip().endswith("1")
+        return self._found_ends[case]
+
+    def _boundary(self, pair: PreferencePair, generation: str, conversations: list[str]) -> tuple[str, list[int]]:
         """The prompt's text, and where the answer starts in each conversation.
 
         With a generation prompt, a template may open the answer differently (e.g. with a thinking tag). The prompt then
@@ -129,9 +135,9 @@ class ChatTemplate:
         """
         if all(text.startswith(generation) for text in conversations):
             return generation, [len(generation)] * len(conversations)
-        probes = [probe, self._render(pair, [{"role": "assistant", "content": "2"}])]
+        *probes, opening = self._render(pair, *([{"role": "assistant", "content": text}] for text in "12"), [])
         prompt = os.path.commonprefix([generation, *probes])  # noqa: RUF071  texts, not paths
-        if prompt.startswith(self._render(pair, [])) and all(text.startswith(prompt) for text in conversations):
+        if prompt.startswith(opening) and all(text.startswith(prompt) for text in conversations):
             return prompt, [len(prompt)] * len(conversations)
         return generation, [self._start(pair, generation, text, probes) for text in conversations]
 
@@ -162,19 +168,21 @@ class ChatTemplate:
         stops = all(eos and part.text.rstrip().endswith(eos) for (part,) in parts)
         return Rendered(str(pair.prompt[0]["content"]), parts, True, () if stops else (NO_EOS,))
 
-    def _render(self, pair: PreferencePair, answer: Sequence[Message], generate: bool = False) -> str:
-        """The conversation of the pair's prompt and an answer."""
-        turns = [*pair.prompt, *answer]
-        if self._arguments_are_text and any("tool_calls" in turn for turn in turns):
-            turns = [_with_text_arguments(turn) for turn in turns]
-        return self._apply(turns, pair.tools, {**self.kwargs, **pair.template_kwargs}, generate)
+    def _render(self, pair: PreferencePair, *answers: Sequence[Message], generate: bool = False) -> list[str]:
+        """The conversations of the pair's prompt and each of some answers."""
+        conversations = [[*pair.prompt, *answer] for answer in answers]
+        if self._arguments_are_text:
+            conversations = [[_with_text_arguments(turn) for turn in turns] for turns in conversations]
+        return self._apply(conversations, pair.tools, {**self.kwargs, **pair.template_kwargs}, generate)
 
-    def _apply(self, turns: Sequence[Message], tools: Sequence[Any], kwargs: Mapping[str, Any], generate: bool) -> str:
+    def _apply(
+        self, conversations: list[list[Message]], tools: Sequence[Any], kwargs: Mapping[str, Any], generate: bool
+    ) -> list[str]:
         options = {**kwargs, "tools": list(tools) or None, "tokenize": False, "add_generation_prompt": generate}
         if isinstance(self._text, str):
             options["chat_template"] = self._text
         try:
-            return str(self.tokenizer.apply_chat_template(list(turns), **options))
+            return list(self.tokenizer.apply_chat_template(conversations, **options))
         except Exception as error:  # a template is a program: it can raise anything
             raise RejectedByTemplateError(
                 f"the chat template rejects the messages: {error or type(error).__name__}"
@@ -211,9 +219,9 @@ class ChatTemplate:
         place = start
         for turn, message in enumerate(response):
             is_last = turn == len(response) - 1
-            end = conversation if is_last else self._render(pair, response[: turn + 1])
+            end = conversation if is_last else self._render(pair, response[: turn + 1])[0]
             if not is_last and response[turn + 1]["role"] == "assistant" and message["role"] != "assistant":
-                opened = self._render(pair, response[: turn + 1], generate=True)
+                [opened] = self._render(pair, response[: turn + 1], generate=True)
                 end = os.path.commonprefix([opened, conversation])  # noqa: RUF071
             if not conversation.startswith(end):
                 raise RejectedByTemplateError(
@@ -247,7 +255,7 @@ class ChatTemplate:
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
         for message, is_text in ((turn, False), (_with_text_arguments(turn), True)):
             try:
-                rendered = self._apply([user, message], [], self.kwargs, generate=False)
+                [rendered] = self._apply([[user, message]], [], self.kwargs, generate=False)
             except RejectedByTemplateError:
                 continue
             if re.search(r'\{\s*"key":\s*"value"\s*\}', rendered):

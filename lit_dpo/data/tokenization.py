@@ -3,11 +3,10 @@
 import hashlib
 import itertools
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from transformers import PreTrainedTokenizerBase
-
+from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.rendering import Rendered
 
 Overlong: TypeAlias = Literal["truncate", "drop"]
@@ -27,6 +26,7 @@ class TokenizedPair:
     # For each response, from best to worst, numbers of tokens that are trained and that are not, in turns, beginning
     # with trained ones. Empty if all tokens of all responses are trained.
     runs: tuple[tuple[int, ...], ...] = ()
+    stored_key: bytes = field(default=b"", compare=False, repr=False)  # ``key``, if it is known already
 
     @property
     def responses(self) -> tuple[list[int], ...]:
@@ -41,6 +41,8 @@ class TokenizedPair:
     @property
     def key(self) -> bytes:
         """A 16-byte digest of the token ids. Besides the model, log-probs depend on nothing else."""
+        if self.stored_key:
+            return self.stored_key
         parts = (self.prompt, *self.responses)
         ids = array("q", [*map(len, parts), *itertools.chain(*parts, *self.runs)])
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
@@ -106,34 +108,32 @@ def _cut(runs: tuple[int, ...], length: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, scores: tuple[float, ...] = ()) -> TokenizedPair:
+def tokenize(rendered: Rendered, encode: Encoder, scores: tuple[float, ...] = ()) -> TokenizedPair:
     """Tokenizes prompt and responses without truncation.
 
-    Prompt and whole conversation are tokenized. Nearly always the ids of the conversation begin with those of the
-    prompt, and the rest are the ids of the response. Otherwise a token straddles the boundary; then prompt and response
-    are tokenized separately. So all responses share the prompt's ids. The tokenizer's EOS token is appended only if the
-    template writes nothing after the answer.
+    The response's ids are those that follow the prompt's in the whole conversation. Where a token would straddle the
+    boundary, prompt and response are tokenized separately. So all responses share the prompt's ids. The tokenizer's EOS
+    token is appended only if the template writes nothing after the answer.
 
     Args:
         rendered: The texts.
-        tokenizer: The tokenizer.
+        encode: The tokenizer.
         scores: The data's scores, from best to worst response.
     """
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
     prompt = encode(rendered.prompt)
+    # The ids before the last boundary in the prompt are the same whatever follows.
+    tail = rendered.prompt[encode.last_boundary(rendered.prompt) :]
+    start = encode(tail)
+    eos = encode.tokenizer.eos_token_id
     responses, runs = [], []
     for parts in rendered.responses:
         if len(parts) == 1:
-            ids = encode(rendered.prompt + parts[0].text)
-            pieces = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(parts[0].text)]
+            ids = encode(tail + parts[0].text)
+            pieces = [ids[len(start) :] if ids[: len(start)] == start else encode(parts[0].text)]
         else:
             pieces = [encode(part.text) for part in parts]
-        if not rendered.ends and tokenizer.eos_token_id is not None:
-            pieces[-1] = [*pieces[-1], tokenizer.eos_token_id]
+        if not rendered.ends and eos is not None:
+            pieces[-1] = [*pieces[-1], eos]
         responses.append(list(itertools.chain(*pieces)))
         runs.append(_runs([(len(piece), part.trained) for piece, part in zip(pieces, parts, strict=True)]))
     chosen, *between, rejected = responses

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.formats import Message, PreferencePair, RowError
 from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.rendering import (
@@ -84,7 +85,7 @@ def test_only_the_assistants_messages_of_a_response_are_trained() -> None:
         ("<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n", False),
         ("green hills<|im_end|>\n", True),
     ]
-    tokens = tokenize(found, made.tokenizer)
+    tokens = tokenize(found, Encoder(made.tokenizer))
     assert made.tokenizer.decode(tokens.chosen) == texts(found)[0]
     batch = PairBatch.from_pairs([tokens])
     trained = "a mat<|im_end|>\ngreen hills<|im_end|>\nran away<|im_end|>\n"
@@ -96,13 +97,13 @@ def test_only_the_assistants_messages_of_a_response_are_trained() -> None:
     for predictor, target, number in zip(batch.predictors.tolist(), batch.targets.tolist(), range(99), strict=False):
         if number not in (0, batch.response_lengths[0]):
             assert batch.input_ids[predictor + 1] == target
-    assert tokens.key != tokenize(made(pair("a mat")), made.tokenizer).key
+    assert tokens.key != tokenize(made(pair("a mat")), Encoder(made.tokenizer)).key
 
 
 def test_truncation_cuts_trained_and_untrained_runs() -> None:
     made = template()
     chosen = [says("a mat"), {"role": "user", "content": "rain"}, says("green hills")]
-    tokens = tokenize(made(pair(chosen)), made.tokenizer)
+    tokens = tokenize(made(pair(chosen)), Encoder(made.tokenizer))
     for length in range(1, len(tokens.chosen)):
         cut = Truncation(None, max_response_length=length)(tokens)
         assert not isinstance(cut, str)
@@ -155,7 +156,7 @@ def test_eos_ends_every_answer_or_none_whatever_the_template_trims() -> None:
     trims = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
     trims += "{% if add_generation_prompt %}assistant: {% endif %}"
     made = template(trims)
-    tokens = tokenize(made(pair("\n  a mat", "ran")), made.tokenizer)
+    tokens = tokenize(made(pair("\n  a mat", "ran")), Encoder(made.tokenizer))
     assert tokens.chosen[-1] == tokens.rejected[-1] == made.tokenizer.eos_token_id
 
 
@@ -186,8 +187,8 @@ def test_texts_that_are_rendered_already_are_refused_or_taken_as_they_are() -> N
     with pytest.raises(RowError, match=r"rendered by a chat template already.*data\.pretemplated=true"):
         template()(rendered)
     made = template("", pretemplated=True)
-    tokens = tokenize(made(rendered), made.tokenizer)
-    expected = tokenize(template()(pair("sat", "ran")), made.tokenizer)
+    tokens = tokenize(made(rendered), Encoder(made.tokenizer))
+    expected = tokenize(template()(pair("sat", "ran")), Encoder(made.tokenizer))
     assert tokens == expected
     assert made(rendered).notes == ()
     assert made(pair("sat", "ran<|im_end|>", RENDERED)).notes == (NO_EOS,)

@@ -29,7 +29,7 @@ class Endless:
             "scores": [],
             "runs": [],
         }
-        return {**parts, "between": [], "scores": [], "runs": [], "row": index}
+        return {**parts, "row": index, "key": b"key"}
 
     def column(self, name: str) -> "Endless":
         return self

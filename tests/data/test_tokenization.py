@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.formats import Message, PreferencePair
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
@@ -20,7 +21,7 @@ def pair(chosen: str = "sat on a mat", rejected: str = "ran away") -> Preference
 
 
 def tokenized(pair: PreferencePair, tokenizer: Any = TOKENIZER, **options: Any) -> TokenizedPair:
-    return tokenize(ChatTemplate(tokenizer, **options)(pair), tokenizer, pair.scores)
+    return tokenize(ChatTemplate(tokenizer, **options)(pair), Encoder(tokenizer), pair.scores)
 
 
 def test_parts_join_to_the_rendered_conversation() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.formats import PreferencePair, Reader
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import tokenize
@@ -54,7 +55,7 @@ def ours(template: str, row: dict[str, Any]) -> tuple[list[int], list[int], list
     tokenizer.chat_template = template
     pair = Reader()(row).result
     assert isinstance(pair, PreferencePair)
-    tokens = tokenize(ChatTemplate(tokenizer)(pair), tokenizer)
+    tokens = tokenize(ChatTemplate(tokenizer)(pair), Encoder(tokenizer))
     return tokens.prompt, tokens.chosen, tokens.rejected
 
 
