@@ -1,10 +1,8 @@
 """PreferenceDataModule, the ``LightningDataModule``: loads preference pairs and gives each rank its batches."""
 
-import signal
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -14,11 +12,12 @@ from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import MultiTurn, Reader
+from lit_dpo.data.loader import batch_loader
 from lit_dpo.data.loading import PairLoading, template_text
+from lit_dpo.data.mixture import Sources, is_plain, sources_of
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.preparation import OnBadRow
 from lit_dpo.data.sampler import EvalSampler, PairSampler
-from lit_dpo.data.sources import Rows
 from lit_dpo.data.tokenization import Overlong, Truncation
 
 
@@ -30,12 +29,13 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         source: Training data: a hub id; a JSONL, JSON, Parquet, Arrow, CSV or TSV file, perhaps compressed; a pattern
-            of file names; an address such as ``s3://…``; a folder of such files; ``package:NAME/FOLDER``; or a
-            ``datasets.Dataset``.
+            of file names; an address such as ``s3://…``; a folder of such files; ``package:NAME/FOLDER``; a
+            ``datasets.Dataset``; or a list of these, whose entries may be dicts:
+            ``[{source: a.jsonl, name: ours, weight: 2}, b.jsonl]``.
         split: Split to train on; by default ``train_prefs`` if it exists, else ``train``.
         subset: Subset (configuration) of a data set on the hub.
         revision: Revision of a data set on the hub.
-        val_source: Source of the held-out pairs; by default the same as ``source``.
+        val_source: Source of the held-out pairs, or a list, each measured by its name; by default ``source``.
         val_split: Split of the held-out pairs; by default the first that exists of ``test_prefs``, ``validation`` and
             ``test``.
         val_size: Number of pairs to hold out from the training split, or their share if below 1. ``seed`` determines
@@ -74,11 +74,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | Rows = "HuggingFaceH4/ultrafeedback_binarized",
+        source: Sources = "HuggingFaceH4/ultrafeedback_binarized",
         split: str | None = None,
         subset: str | None = None,
         revision: str | None = None,
-        val_source: str | Rows | None = None,
+        val_source: Sources | None = None,
         val_split: str | None = None,
         val_size: float | None = None,
         columns: dict[str, str] | None = None,
@@ -109,7 +109,9 @@ class PreferenceDataModule(LightningDataModule):
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError("data.batch_size and data.eval_batch_size must be at least 1.")
         self.loading = PairLoading(
-            *(source, split, subset, revision, val_source, val_split, val_size, seed),
+            sources_of(source, "source", split=split, subset=subset, revision=revision),
+            None if val_source is None else sources_of(val_source, "val_source"),
+            *(val_split, val_size, seed),
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
             Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn, pretemplated),
             Filters(**filters) if isinstance(filters, dict) else filters,  # a checkpoint holds a dict
@@ -130,7 +132,7 @@ class PreferenceDataModule(LightningDataModule):
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
         filters = asdict(self.loading.filters)  # type: ignore[assignment]
         objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
-        self.save_hyperparameters(ignore=[n for n, value in objects.items() if not isinstance(value, str | None)])
+        self.save_hyperparameters(ignore=[name for name, value in objects.items() if not is_plain(value)])
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes on one process per node. The other processes then read from the cache."""
@@ -230,20 +232,5 @@ class PreferenceDataModule(LightningDataModule):
         return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
 
     def _loader(self, pairs: PairDataset, sampler: PairSampler | EvalSampler) -> DataLoader[PairBatch]:
-        # The sampler yields whole batches and the data set collates them: batch_size=None disables PyTorch's batching.
-        return DataLoader(
-            pairs,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            worker_init_fn=_ignore_interrupts if self.num_workers else None,
-            persistent_workers=self.num_workers > 0,
-            # Each iterator draws a seed. Drawn from the global generator, it would change the dropout of a resumed run.
-            generator=torch.Generator().manual_seed(self.seed),
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ignores Ctrl-C in a worker. The training process handles it and still needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return batch_loader(pairs, sampler, num_workers=self.num_workers, seed=self.seed, pin_memory=on_gpu)

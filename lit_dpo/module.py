@@ -151,7 +151,7 @@ class DPOModule(LightningModule):
     ) -> None:
         """Adds a batch to the metrics and, in training, to the optimizer step in progress."""
         against = reference if self.reference.exists else None
-        metrics.update(losses, self.objective.rewards(policy, reference), policy, against)
+        metrics.update(losses, self.objective.rewards(policy, reference), policy, against, batch.groups)
         if metrics is self.train_metrics:
             self.step.batches.append(BatchRecord(batch, losses.detach(), policy.detach(), against))
 

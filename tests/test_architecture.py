@@ -39,8 +39,10 @@ WAY = [
     "batch",
     "pairs",
     "sampler",
+    "loader",
     "file_kinds",
     "sources",
+    "mixture",
     "preparation",
     "loading",
 ]

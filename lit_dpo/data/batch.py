@@ -63,6 +63,7 @@ class PairBatch:
         segments: Lengths of the parts of each pair, P entries.
         origins: Source and row number of each pair, P entries.
         keys: Digest of each pair's token ids, P entries.
+        groups: Number of each pair's source among those of its data set, P entries.
     """
 
     input_ids: Tensor
@@ -74,6 +75,7 @@ class PairBatch:
     segments: tuple[Segment, ...]
     origins: tuple[tuple[str, int], ...]
     keys: tuple[bytes, ...]
+    groups: tuple[int, ...] = ()
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> Self:
@@ -106,6 +108,7 @@ class PairBatch:
             segments=segments,
             origins=tuple((pair.source, pair.row) for pair in pairs),
             keys=tuple(pair.key for pair in pairs),
+            groups=tuple(pair.group for pair in pairs),
         )
 
     def __len__(self) -> int:

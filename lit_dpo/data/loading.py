@@ -1,7 +1,8 @@
 """Names of sources and splits ──► tokenized pairs for training and held-out pairs, with a report."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.filters import LEAKED, Filters
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.pairs import PairDataset
-from lit_dpo.data.preparation import OnBadRow, prepare_pairs, told
+from lit_dpo.data.mixture import Source
+from lit_dpo.data.pairs import PairDataset, Part
+from lit_dpo.data.preparation import OnBadRow, leave_out, prepare_pairs, told
 from lit_dpo.data.rendering import ChatTemplate
-from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Rows, SplitNotFoundError, load_rows
+from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.files.console import library_bars
 
@@ -34,11 +36,8 @@ class PairLoading:
         ValueError: If an argument is outside its range, or if arguments contradict one another.
     """
 
-    source: str | Rows
-    split: str | None
-    subset: str | None
-    revision: str | None
-    val_source: str | Rows | None
+    sources: list[Source]
+    val_sources: list[Source] | None
     val_split: str | None
     val_size: float | None
     seed: int
@@ -50,7 +49,7 @@ class PairLoading:
     template: Mapping[str, Any] = field(default_factory=dict)  # options of ChatTemplate
 
     def __post_init__(self) -> None:
-        if self.val_size is not None and (self.val_source is not None or self.val_split is not None):
+        if self.val_size is not None and (self.val_sources is not None or self.val_split is not None):
             raise ValueError("data.val_size takes pairs from the training split: it excludes val_source and val_split.")
         if self.val_size is not None and self.val_size <= 0:
             raise ValueError(f"data.val_size must be positive, not {self.val_size}.")
@@ -69,27 +68,34 @@ class PairLoading:
         Raises:
             ValueError: If held-out pairs are needed, and nothing says which they are.
         """
-        template = ChatTemplate(tokenizer, **self.template)
+        prepare = partial(self._pairs, ChatTemplate(tokenizer, **self.template), progress_bar)
         train: PairDataset | None = None
         report: list[str] = []
         if trains or self.val_size is not None:
-            train, report = self._pairs(self.source, self.split, TRAIN_SPLITS, template, progress_bar)
+            found = [prepare(source, source.split, TRAIN_SPLITS) for source in self.sources]
+            train, report = self._joined(found)
         if self.val_size is not None:
             assert train is not None
-            return Loaded(*train.split_off(self.val_size, self.seed), report)
-        # A separate val_source may be a single file, with only the split "train": then all of it is held out.
-        names = EVAL_SPLITS if self.val_source is None else (*EVAL_SPLITS, "train")
-        try:
-            val, more = self._pairs(self.val_source or self.source, self.val_split, names, template, progress_bar)
-        except SplitNotFoundError as error:
-            if not evaluates:
-                none = f"No held-out pairs: {error} None are needed, because trainer.limit_val_batches=0."
-                return Loaded(train, None, [*report, none])
+            train, val = train.split_off(self.val_size, self.seed)
+            return Loaded(train, val.mixed(), report)
+        held_out, absent = [], []
+        for source in self.val_sources or self.sources:
+            # A separate val_source may be a single file, with only the split "train": then all of it is held out.
+            names = EVAL_SPLITS if self.val_sources is None else (*EVAL_SPLITS, "train")
+            split = self.val_split or (source.split if self.val_sources else None)
+            try:
+                held_out.append(prepare(source, split, names))
+            except SplitNotFoundError as error:
+                absent.append(f"No held-out pairs: {error}")
+        if absent and evaluates and not (held_out and self.val_sources is None):
             raise ValueError(
-                f"No held-out pairs: {error} Set data.val_source, data.val_split or data.val_size. To train without "
-                "them, set trainer.limit_val_batches=0."
-            ) from error
-        report += more
+                f"{absent[0]} Set data.val_source, data.val_split or data.val_size. To train without them, set "
+                "trainer.limit_val_batches=0."
+            )
+        if not held_out:
+            return Loaded(train, None, [*report, f"{absent[0]} None are needed, because trainer.limit_val_batches=0."])
+        val, more = self._joined(held_out)
+        report += absent + more
         if train is not None:
             leaked = np.isin(train.digests("prompt_key"), val.digests("prompt_key"))
             report += told(train, LEAKED, leaked, self.filters.leaks)
@@ -99,17 +105,24 @@ class PairLoading:
                 )
             if self.filters.leaks == "drop":
                 train = train.select(~leaked)
-        return Loaded(train, val, report)
+        return Loaded(train, val.mixed(), report)
 
     def _pairs(
-        self, source: str | Rows, split: str | None, defaults: tuple[str, ...], template: ChatTemplate, bar: bool
+        self, template: ChatTemplate, bar: bool, source: Source, split: str | None, defaults: tuple[str, ...]
     ) -> tuple[PairDataset, list[str]]:
+        """The pairs of one source."""
         with library_bars(bar, "datasets"):
-            # Another source than that of the training pairs has neither its subsets nor its revisions.
-            place_on_hub = (self.subset, self.revision) if source is self.source else (None, None)
-            rows, place = load_rows(source, split, defaults, *place_on_hub)
+            rows, place = load_rows(source.source, split, defaults, source.subset, source.revision)
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
-        return prepare_pairs(rows, place, template, self.truncation, self.reader, self.filters, **options)
+        reader = replace(self.reader, **source.of_rows)
+        pairs, report = prepare_pairs(rows, place, template, self.truncation, reader, self.filters, **options)
+        pairs.parts = (Part(place, source.name, source.weight),)
+        return pairs, report
+
+    def _joined(self, found: list[tuple[PairDataset, list[str]]]) -> tuple[PairDataset, list[str]]:
+        """The pairs of all sources, without those that are left out for what others are."""
+        pairs, report = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters)
+        return pairs, [*(line for _, lines in found for line in lines), *report]
 
 
 def template_text(given: str) -> str:

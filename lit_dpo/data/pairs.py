@@ -1,8 +1,9 @@
 """Tokenized pairs on disk: by index, as batches, split in two, and compared by their digests."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +15,71 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+class Part(NamedTuple):
+    """The pairs of one source, in a data set of several."""
+
+    source: str  # name of the source, for messages
+    name: str = ""  # name under which its pairs are measured; empty for the only source
+    weight: float = 1.0  # how often an epoch sees each pair
+    start: int = 0  # its first row in the columns
+
+
 class PairDataset(torch.utils.data.Dataset[PairBatch]):
     """Tokenized pairs. Indexing with a list of indices gives a batch.
 
     Args:
         columns: The cached data set. Its columns are those of ``preparation.cache_features``.
         indices: Row numbers of the pairs in ``columns``, in the order to use.
-        source: Name of the data source, for messages.
+        parts: The sources, in the order of their rows in ``columns``.
     """
 
-    def __init__(self, columns: "Dataset", indices: Sequence[int], source: str) -> None:
-        self.columns, self.indices, self.source = columns, indices, source
+    def __init__(self, columns: "Dataset", indices: Sequence[int], parts: Sequence[Part]) -> None:
+        self.columns, self.indices, self.parts = columns, indices, tuple(parts)
+        self._starts = [part.start for part in parts]
+
+    @classmethod
+    def concatenate(cls, datasets: Sequence["PairDataset"]) -> "PairDataset":
+        """The pairs of several data sets, one after another. Nothing is copied."""
+        from datasets import concatenate_datasets
+
+        if len(datasets) == 1:
+            return datasets[0]
+        columns = concatenate_datasets([dataset.columns for dataset in datasets])
+        starts = np.cumsum([0, *(len(dataset.columns) for dataset in datasets)]).tolist()
+        indices = [np.asarray(one.indices, np.int64) + start for one, start in zip(datasets, starts, strict=False)]
+        moved = [
+            part._replace(start=part.start + start)
+            for one, start in zip(datasets, starts, strict=False)
+            for part in one.parts
+        ]
+        return cls(columns, index_array(np.concatenate(indices)), moved)
+
+    @property
+    def source(self) -> str:
+        """Names of the sources, for messages."""
+        return ", ".join(part.source for part in self.parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts to measure apart; none if there is one source."""
+        return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
+
+    def part_numbers(self) -> np.ndarray:
+        """The number of each pair's part, (P,)."""
+        return np.searchsorted(self._starts, np.asarray(self.indices, np.int64), "right") - 1
+
+    def mixed(self) -> "PairDataset":
+        """The same pairs with those of the parts spread evenly, so that the first batches have some of each."""
+        if len(self.parts) < 2:
+            return self
+        numbers = self.part_numbers()
+        place = np.empty(len(self))
+        for number in range(len(self.parts)):
+            count = int((numbers == number).sum())
+            place[numbers == number] = (np.arange(count) + 0.5) / max(count, 1)
+        return PairDataset(
+            self.columns, index_array(np.asarray(self.indices)[np.argsort(place, kind="stable")]), self.parts
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -34,10 +89,11 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
     def pair(self, index: int) -> TokenizedPair:
         """The tokenized pair at ``index``."""
-        row = self.columns[self.indices[index]]
-        parts = (row["prompt"], row["chosen"], row["rejected"], self.source, row["row"])
+        number = self.indices[index]
+        row, group = self.columns[number], bisect_right(self._starts, number) - 1
+        parts = (row["prompt"], row["chosen"], row["rejected"], self.parts[group].source, row["row"])
         runs = tuple(map(tuple, row["runs"]))
-        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs, row["key"])
+        return TokenizedPair(*parts, tuple(row["between"]), tuple(row["scores"]), runs, group, row["key"])
 
     def require_scores(self, reader: str) -> None:
         """Checks that every pair has scores, and that the chosen score is not below the rejected score.
@@ -61,7 +117,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         if not wrong.any():
             return
         first = int(wrong.argmax())
-        row = f"{self.source}, row {self._taken('row')[first].as_py()}"
+        row = self.place(first)
         if number[first] == 0:
             raise ValueError(
                 f"{row}: the row has no scores, but {reader} needs them. Give each row score_chosen and "
@@ -71,6 +127,11 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
             f"{row}: the chosen response has the score {best[first]:g} and the rejected one {worst[first]:g}; {reader} "
             "takes no pair whose scores contradict its order. Leave such rows out."
         )
+
+    def place(self, index: int) -> str:
+        """Source and row number of a pair, for messages."""
+        number = int(self.indices[index])
+        return f"{self.parts[bisect_right(self._starts, number) - 1].source}, row {self.columns[number]['row']}"
 
     def keys(self, indices: Sequence[int]) -> list[bytes]:
         """``TokenizedPair.key`` of the pairs at ``indices``. Their tokens are not read."""
@@ -117,7 +178,7 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
     def select(self, mask: np.ndarray) -> "PairDataset":
         """The pairs for which the mask, (P,), is true."""
-        return PairDataset(self.columns, index_array(np.asarray(self.indices)[mask]), self.source)
+        return PairDataset(self.columns, index_array(np.asarray(self.indices)[mask]), self.parts)
 
     def digests(self, name: str) -> np.ndarray:
         """A column of 16-byte digests of all pairs, (P,): ``key``, ``swapped_key`` or ``prompt_key``."""

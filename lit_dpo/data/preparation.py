@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.filters import Action, Filters
 from lit_dpo.data.formats import Reader, Reading, RowError
-from lit_dpo.data.pairs import PairDataset, index_array
+from lit_dpo.data.pairs import PairDataset, Part, index_array
 from lit_dpo.data.rendering import ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
 from lit_dpo.files.cache import cache_dir
@@ -81,7 +81,7 @@ def prepare_pairs(
         template: Chat template, with its tokenizer.
         truncation: Length limits, and what to do with longer pairs.
         reader: Reads rows; by default any known format.
-        filters: Leaves out pairs that could be trained on; by default none. Its ``leaks`` are not looked at here.
+        filters: Leaves out pairs that could be trained on, each for itself; by default none.
         on_bad_row: What to do with a row in no known format, or that the chat template rejects: ``stop``, or ``drop``
             it and count it.
         num_proc: Number of processes that tokenize; None takes one for each CPU core, if there are many rows and the
@@ -119,17 +119,25 @@ def prepare_pairs(
             desc=f"Tokenizing {source}",
         )
     kept, report = _report(columns, source)
-    pairs = PairDataset(columns, kept, source)
-    if kept:
-        found = filters.of_set(pairs.digests("key"), pairs.digests("swapped_key"))
-        left = np.ones(len(pairs), bool)
-        for what, (action, rows) in found.items():
-            report += told(pairs, what, rows & left, action)  # each pair is left out, and counted, once
-            left &= ~rows | (action == "keep")
-        pairs = pairs.select(left)
-    if not len(pairs):
+    if not kept:
         raise ValueError("\n".join([f"{source}: no usable pair is left.", *report]))
-    return pairs, report
+    return PairDataset(columns, kept, [Part(source)]), report
+
+
+def leave_out(pairs: PairDataset, filters: Filters) -> tuple[PairDataset, list[str]]:
+    """Leaves out pairs for what they are beside others, such as duplicates. Also returns lines of a report.
+
+    Raises:
+        ValueError: If no pair is left.
+    """
+    report: list[str] = []
+    left = np.ones(len(pairs), bool)
+    for what, (action, found) in filters.of_set(pairs.digests("key"), pairs.digests("swapped_key")).items():
+        report += told(pairs, what, found & left, action)  # each pair is left out, and counted, once
+        left &= ~found | (action == "keep")
+    if not left.any():
+        raise ValueError("\n".join([f"{pairs.source}: no usable pair is left.", *report]))
+    return pairs.select(left), report
 
 
 def told(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> list[str]:
@@ -143,9 +151,10 @@ def told(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> li
     """
     if not found.any():
         return []
-    first = pairs.columns[int(pairs.indices[int(found.argmax())])]["row"]
+    source, _, first = pairs.place(int(found.argmax())).rpartition(", ")
+    first = first if len(pairs.parts) == 1 else f"{source}, {first}"
     verb = "left out " if action == "drop" else ""
-    return [f"{pairs.source}: {verb}{found.sum()} of {len(pairs)} pairs: {what} (first: row {first})"]
+    return [f"{pairs.source}: {verb}{found.sum()} of {len(pairs)} pairs: {what} (first: {first})"]
 
 
 def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:

@@ -16,8 +16,11 @@ class PairSampler(DistributedSampler[list[int]]):
     tokens, because ranks wait for each other. An incomplete last global batch is left out; with shuffling, other pairs
     are left out in each epoch. Lightning does not replace this sampler, because it is a ``DistributedSampler``.
 
+    If the data set has ``parts`` with weights, an epoch has each pair of a part as often as its weight says.
+
     Args:
-        dataset: The pairs. The sampler uses their number and, on several ranks, their ``num_tokens`` if available.
+        dataset: The pairs. The sampler uses their number, their ``parts`` and, on several ranks, their ``num_tokens``,
+            if available.
         batch_size: Number of pairs in a batch of one rank.
         num_replicas: Number of ranks.
         rank: Index of this rank.
@@ -39,7 +42,8 @@ class PairSampler(DistributedSampler[list[int]]):
         seed: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
-        self.num_pairs = len(dataset)
+        self.parts = _parts(dataset)
+        self.num_pairs = sum(round(weight * len(pairs)) for pairs, weight in self.parts)  # in an epoch
         self.batch_size = batch_size
         self.resume_at = (-1, 0)  # an epoch, and the number of its batches already done
         if len(self) == 0:
@@ -53,10 +57,21 @@ class PairSampler(DistributedSampler[list[int]]):
         return self.num_pairs // (self.batch_size * self.num_replicas)
 
     def order(self, epoch: int) -> Tensor:
-        """All pairs in the order of an epoch. Each run of ``num_replicas * batch_size`` pairs is a global batch."""
+        """The pairs of an epoch, in order. Each run of ``num_replicas * batch_size`` pairs is a global batch."""
+        if all(weight == 1 for _, weight in self.parts):
+            pairs = torch.arange(self.num_pairs)
+        else:
+            pairs = torch.cat([self._drawn(part, weight, epoch) for part, weight in self.parts])
         if not self.shuffle:
-            return torch.arange(self.num_pairs)
-        return torch.randperm(self.num_pairs, generator=torch.Generator().manual_seed(self.seed + epoch))
+            return pairs
+        return pairs[torch.randperm(self.num_pairs, generator=torch.Generator().manual_seed(self.seed + epoch))]
+
+    def _drawn(self, pairs: Tensor, weight: float, epoch: int) -> Tensor:
+        """The pairs of a part that an epoch sees. Each epoch goes on where the one before it ended."""
+        number = round(weight * len(pairs))
+        if self.shuffle:
+            pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seed))]
+        return pairs[torch.arange(epoch * number, (epoch + 1) * number) % len(pairs)]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.epoch)
@@ -68,6 +83,15 @@ class PairSampler(DistributedSampler[list[int]]):
                 yield share(pairs, self.dataset.num_tokens(pairs), self.num_replicas)[self.rank]
             else:
                 yield pairs[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+def _parts(dataset: Sized) -> list[tuple[Tensor, float]]:
+    """The pairs of each part of a data set, and its weight."""
+    parts = getattr(dataset, "parts", ())
+    if all(part.weight == 1 for part in parts):
+        return [(torch.arange(len(dataset)), 1.0)]
+    numbers = torch.from_numpy(dataset.part_numbers())  # type: ignore[attr-defined]
+    return [((numbers == number).nonzero()[:, 0], part.weight) for number, part in enumerate(parts)]
 
 
 def share(pairs: Sequence[int], num_tokens: Sequence[int], num_shares: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ class TokenizedPair:
     # For each response, from best to worst, numbers of tokens that are trained and that are not, in turns, beginning
     # with trained ones. Empty if all tokens of all responses are trained.
     runs: tuple[tuple[int, ...], ...] = ()
+    group: int = 0  # number of the source, in a data set of several
     stored_key: bytes = field(default=b"", compare=False, repr=False)  # ``key``, if it is known already
 
     @property
@@ -94,7 +95,7 @@ class Truncation:
         chosen, *between, rejected = (responses[place] for place in kept)
         scores = tuple(pair.scores[place] for place in kept) if pair.scores else ()
         runs = tuple(_cut(pair.runs[place], len(responses[place])) for place in kept) if pair.runs else ()
-        return TokenizedPair(prompt, chosen, rejected, pair.source, pair.row, tuple(between), scores, runs)
+        return TokenizedPair(prompt, chosen, rejected, pair.source, pair.row, tuple(between), scores, runs, pair.group)
 
 
 def _cut(runs: tuple[int, ...], length: int) -> tuple[int, ...]:

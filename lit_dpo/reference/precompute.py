@@ -93,13 +93,13 @@ def _pairs_ahead(trainer: Trainer) -> list[tuple[PairDataset, Sequence[int]]]:
 def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[int]:
     """Indices of the pairs in all remaining training batches, over all epochs."""
     if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # training has no end
-        return range(sampler.num_pairs)
+        return range(len(sampler.dataset))  # type: ignore[arg-type]
     size = sampler.batch_size * sampler.num_replicas
     per_epoch = int(trainer.num_training_batches)
     epoch, left = trainer.current_epoch, float("inf")
     if trainer.max_steps >= 0:
         left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-    used = torch.zeros(sampler.num_pairs, dtype=torch.bool)
+    used = torch.zeros(len(sampler.dataset), dtype=torch.bool)  # type: ignore[arg-type]
     while left > 0 and epoch != trainer.max_epochs and not used.all():
         done = sampler.resume_at[1] if sampler.resume_at[0] == epoch else 0
         batches = int(min(per_epoch - done, left))

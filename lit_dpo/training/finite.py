@@ -112,7 +112,8 @@ def read_nonfinite_step(path: str | Path) -> list[PairBatch]:
 
 def _plain_pairs(step: Iterable[BatchRecord]) -> list[list[dict[str, Any]]]:
     """The pairs of each batch as plain values, which a checkpoint can hold under ``weights_only=True``."""
-    return [[asdict(pair) for pair in record.batch.pairs()] for record in step]
+    plain = [[asdict(pair) for pair in record.batch.pairs()] for record in step]
+    return [[{name: value for name, value in pair.items() if name != "stored_key"} for pair in one] for one in plain]
 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

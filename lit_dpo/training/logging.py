@@ -40,21 +40,22 @@ class LoggedMeans(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the held-out metrics, including those of a complete sanity check, which Lightning would not log."""
-        values = _log_evaluation(pl_module, "val")
+        values = _log_evaluation(trainer, pl_module, "val")
         if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the test metrics."""
-        _log_evaluation(pl_module, "test")
+        _log_evaluation(trainer, pl_module, "test")
 
 
-def _log_evaluation(module: Any, stage: str) -> dict[str, float]:
+def _log_evaluation(trainer: Trainer, module: Any, stage: str) -> dict[str, float]:
     """Logs the metrics of an evaluation and resets them. Collective: every rank must call it."""
-    means = {name: value.item() for name, value in module.eval_metrics.compute().items()}
+    pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
+    means = module.eval_metrics.compute(getattr(pairs, "names", ()))
     module.eval_metrics.reset()
-    return _log(module, stage, means)
+    return _log(module, stage, {name: value.item() for name, value in means.items()})
 
 
 def _log(module: Any, stage: str, means: dict[str, float]) -> dict[str, float]:

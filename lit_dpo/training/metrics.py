@@ -1,5 +1,6 @@
 """Losses, log-probs and rewards of pairs ──► logged metrics: means over all pairs of all ranks, and quantiles."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,14 @@ class PreferenceMetrics(Metric):
         super().__init__(**kwargs)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, losses: Tensor, rewards: Rewards, policy: PairLogps, reference: PairLogps | None = None) -> None:
+    def update(
+        self,
+        losses: Tensor,
+        rewards: Rewards,
+        policy: PairLogps,
+        reference: PairLogps | None = None,
+        groups: Sequence[int] = (),
+    ) -> None:
         """Adds P pairs.
 
         Args:
@@ -86,6 +94,7 @@ class PreferenceMetrics(Metric):
             rewards: Implicit rewards of the pairs.
             policy: Log-probs under the policy.
             reference: Log-probs under the reference, if there is one.
+            groups: Number of each pair's group, P entries; by default 0.
         """
         margins = rewards.margins
         per_token = (policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths)
@@ -95,28 +104,46 @@ class PreferenceMetrics(Metric):
         absent = torch.zeros_like(losses)
         for part in (0, 1):  # first the sums of each pair, then the numbers of terms in them
             columns += (optional[name][part] if name in optional else absent for name in self.optional_names)
+        columns.append(torch.tensor(groups, device=losses.device) if groups else absent)
         self.rows.append(torch.stack([column.detach().double() for column in columns], 1))
 
-    def compute(self, **extra: Tensor) -> dict[str, Tensor]:
+    def compute(self, group_names: Sequence[str] = (), **extra: Tensor) -> dict[str, Tensor]:
         """The mean of each quantity over all pairs of all ranks since the last reset, and the quantiles.
 
         Args:
+            group_names: Names of the groups, by their numbers. The means of each are returned as ``name/quantity``; a
+                group without pairs is left out.
             extra: Single numbers that are returned as well.
 
         Returns:
             Scalars on the CPU. All are moved there at once, because each transfer from a GPU waits for it.
         """
         rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
-        sums, many = rows.sum(0), len(self.optional_names)
-        means = dict(zip(self.names, sums / len(rows), strict=False))
-        means |= zip(self.optional_names, sums[-2 * many : -many] / sums[-many:], strict=True)
+        means, counts = self._means(rows)
         columns = [self.names.index(name) for name in self.quantiled]
         for q, values in zip(QUANTILES, _quantiles(rows[:, columns[0] : columns[-1] + 1]), strict=True):
             means |= {f"{name}_q{100 * q:.0f}": value for name, value in zip(self.quantiled, values, strict=True)}
         means |= {name: value.detach().double() for name, value in extra.items()}
-        numbers = torch.cat([torch.stack(list(means.values())), sums[-many:]]).cpu()
-        absent = {name for name, count in zip(self.optional_names, numbers[-many:].tolist(), strict=True) if not count}
-        return {name: value for name, value in zip(means, numbers, strict=False) if name not in absent}
+        found = _on_cpu(means, counts)
+        for number, group in enumerate(group_names):
+            of_group = rows[rows[:, -1] == number]
+            if len(of_group):
+                found |= {f"{group}/{name}": mean for name, mean in _on_cpu(*self._means(of_group)).items()}
+        return found
+
+    def _means(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Means over rows of the table, and the number of terms in those that may be absent."""
+        sums, many = rows[:, :-1].sum(0), len(self.optional_names)
+        counts = dict(zip(self.optional_names, sums[-many:], strict=True))
+        means = dict(zip(self.names, sums / len(rows), strict=False))
+        return means | dict(zip(self.optional_names, sums[-2 * many : -many] / sums[-many:], strict=True)), counts
+
+
+def _on_cpu(values: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars on the CPU, without those whose count is 0. All move at once, because a GPU is waited for each time."""
+    numbers = torch.stack([*values.values(), *counts.values()]).cpu()
+    absent = {name for name, count in zip(counts, numbers[len(values) :].tolist(), strict=True) if not count}
+    return {name: value for name, value in zip(values, numbers, strict=False) if name not in absent}
 
 
 def _optional(policy: PairLogps, reference: PairLogps | None) -> dict[str, tuple[Tensor, Tensor]]:

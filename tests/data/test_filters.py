@@ -7,8 +7,7 @@ from datasets import Dataset
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data.filters import AGAINST, CONTRADICTORY, DUPLICATE, LEAKED, TIED, Filters
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.pairs import PairDataset
-from lit_dpo.data.preparation import prepare_pairs
+from lit_dpo.data.preparation import leave_out, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from tests.tiny import made_up_rows, tiny_tokenizer
@@ -26,9 +25,10 @@ def scored(better: float, worse: float, prompt: str) -> dict[str, Any]:
 
 def prepared(rows: list[dict[str, Any]], **options: Any) -> tuple[list[int], list[str]]:
     """Row numbers that are kept, and the report without the format."""
-    pairs, report = prepare_pairs(Dataset.from_list(rows), "x", TEMPLATE, Truncation(64), Reader(), Filters(**options))
-    assert isinstance(pairs, PairDataset)
-    return [pairs.pair(index).row for index in range(len(pairs))], report[1:]
+    filters = Filters(**options)
+    pairs, report = prepare_pairs(Dataset.from_list(rows), "x", TEMPLATE, Truncation(64), Reader(), filters)
+    pairs, more = leave_out(pairs, filters)
+    return [pairs.pair(index).row for index in range(len(pairs))], [*report[1:], *more]
 
 
 SCORED = [scored(3, 3, "a"), scored(3, 2.5, "b"), scored(1, 2, "c"), scored(5, 1, "d")]
@@ -104,6 +104,8 @@ def test_kept_and_left_out_rows_are_all_rows(ultrafeedback: Path) -> None:
     rows = Dataset.from_json(str(ultrafeedback / "train_prefs.jsonl"))
     filters = Filters(ties="drop", duplicates="drop", contradictions="drop", exclude="(?i)as an ai language model")
     pairs, report = prepare_pairs(rows, "x", TEMPLATE, Truncation(4096, overlong="drop"), Reader(), filters)
+    pairs, more = leave_out(pairs, filters)
+    report += more
     left_out = sum(int(line.split("left out ")[1].split()[0]) for line in report if "left out" in line)
     assert len(pairs) + left_out == len(rows)
     assert len(report) > 5

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.pairs import PairDataset, Part
 from lit_dpo.data.sampler import PairSampler
 
 
@@ -40,7 +40,7 @@ class Endless:
 
 def measure(pairs: int) -> tuple[float, float]:
     """Seconds a batch, at best, and the most bytes in use."""
-    dataset = PairDataset(Endless(), range(pairs), "endless")  # type: ignore[arg-type]
+    dataset = PairDataset(Endless(), range(pairs), [Part("endless")])  # type: ignore[arg-type]
     tracemalloc.start()
     batches = iter(PairSampler(dataset, batch_size=4, num_replicas=2))
     seconds = []
