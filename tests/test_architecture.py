@@ -38,6 +38,7 @@ WAY = [
     "tokenization",
     "batch",
     "pairs",
+    "near",
     "sampler",
     "loader",
     "file_kinds",

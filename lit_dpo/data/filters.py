@@ -12,6 +12,7 @@ Action: TypeAlias = Literal["keep", "drop"]
 TIED = "the scores of both responses are equal"
 AGAINST = "the rejected response has the higher score"
 DUPLICATE, CONTRADICTORY, LEAKED = "duplicate of another pair", "contradicts another pair", "prompt also held out"
+NEAR_DUPLICATE, NEARLY_LEAKED = "near duplicate of another pair", "prompt nearly the same as one held out"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Filters:
         min_margin: Pairs whose scores differ by less than this are left out; 0 leaves out none.
         duplicates: Pairs with the same prompt and the same responses, in the same order, as an earlier pair.
         contradictions: Pairs with the same prompt and responses as another pair, in the other order. Both are left out.
+        near_duplicates: Least similarity, in (0, 1], of pairs that repeat an earlier pair with few words changed; such
+            pairs are left out. ``leaks`` then finds prompts that are so similar, too. 0.7 is a usual value; null looks
+            for none.
         leaks: Training pairs whose prompt is also among the held-out pairs.
         exclude: Regular expression. Pairs with a match in the prompt or in a response are left out; null excludes none.
 
@@ -34,12 +38,15 @@ class Filters:
     min_margin: float = 0.0
     duplicates: Action = "keep"
     contradictions: Action = "keep"
+    near_duplicates: float | None = None
     leaks: Action = "drop"
     exclude: str | None = None
 
     def __post_init__(self) -> None:
         if not self.min_margin >= 0:
             raise ValueError(f"data.filters.min_margin must not be negative, but is {self.min_margin}.")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ValueError(f"data.filters.near_duplicates must be in (0, 1], but is {self.near_duplicates}.")
         try:
             re.compile(self.exclude or "")
         except re.error as error:

@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.data.filters import LEAKED, Filters
+from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import Reader
 from lit_dpo.data.mixture import Source
 from lit_dpo.data.pairs import PairDataset, Part
-from lit_dpo.data.preparation import OnBadRow, leave_out, prepare_pairs, told
+from lit_dpo.data.preparation import OnBadRow, leave_out, leave_out_leaks, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Truncation
@@ -73,7 +72,7 @@ class PairLoading:
         report: list[str] = []
         if trains or self.val_size is not None:
             found = [prepare(source, source.split, TRAIN_SPLITS) for source in self.sources]
-            train, report = self._joined(found)
+            train, report = self._joined(found, progress_bar)
         if self.val_size is not None:
             assert train is not None
             train, val = train.split_off(self.val_size, self.seed)
@@ -94,17 +93,11 @@ class PairLoading:
             )
         if not held_out:
             return Loaded(train, None, [*report, f"{absent[0]} None are needed, because trainer.limit_val_batches=0."])
-        val, more = self._joined(held_out)
+        val, more = self._joined(held_out, progress_bar)
         report += absent + more
         if train is not None:
-            leaked = np.isin(train.digests("prompt_key"), val.digests("prompt_key"))
-            report += told(train, LEAKED, leaked, self.filters.leaks)
-            if self.filters.leaks == "drop" and leaked.all():
-                raise ValueError(
-                    f"{train.source}: every prompt is also held out. Hold out other pairs (data.val_size)."
-                )
-            if self.filters.leaks == "drop":
-                train = train.select(~leaked)
+            train, more = leave_out_leaks(train, val, self.filters, progress_bar)
+            report += more
         return Loaded(train, val.mixed(), report)
 
     def _pairs(
@@ -119,9 +112,9 @@ class PairLoading:
         pairs.parts = (Part(place, source.name, source.weight),)
         return pairs, report
 
-    def _joined(self, found: list[tuple[PairDataset, list[str]]]) -> tuple[PairDataset, list[str]]:
+    def _joined(self, found: list[tuple[PairDataset, list[str]]], bar: bool) -> tuple[PairDataset, list[str]]:
         """The pairs of all sources, without those that are left out for what others are."""
-        pairs, report = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters)
+        pairs, report = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters, bar)
         return pairs, [*(line for _, lines in found for line in lines), *report]
 
 

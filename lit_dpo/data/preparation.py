@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.encoding import Encoder
-from lit_dpo.data.filters import Action, Filters
+from lit_dpo.data.filters import LEAKED, NEAR_DUPLICATE, NEARLY_LEAKED, Action, Filters
 from lit_dpo.data.formats import Reader, Reading, RowError
+from lit_dpo.data.near import near_duplicates, near_prompts
 from lit_dpo.data.pairs import PairDataset, Part, index_array
 from lit_dpo.data.rendering import ChatTemplate, RejectedByTemplateError
 from lit_dpo.data.tokenization import TokenizedPair, Truncation, tokenize
@@ -124,8 +125,13 @@ def prepare_pairs(
     return PairDataset(columns, kept, [Part(source)]), report
 
 
-def leave_out(pairs: PairDataset, filters: Filters) -> tuple[PairDataset, list[str]]:
+def leave_out(pairs: PairDataset, filters: Filters, progress_bar: bool = False) -> tuple[PairDataset, list[str]]:
     """Leaves out pairs for what they are beside others, such as duplicates. Also returns lines of a report.
+
+    Args:
+        pairs: The pairs.
+        filters: What to leave out.
+        progress_bar: Whether to show a progress bar.
 
     Raises:
         ValueError: If no pair is left.
@@ -137,7 +143,39 @@ def leave_out(pairs: PairDataset, filters: Filters) -> tuple[PairDataset, list[s
         left &= ~found | (action == "keep")
     if not left.any():
         raise ValueError("\n".join([f"{pairs.source}: no usable pair is left.", *report]))
-    return pairs.select(left), report
+    pairs = pairs.select(left)
+    if filters.near_duplicates is not None:
+        near = near_duplicates(pairs, filters.near_duplicates, progress_bar)
+        report += told(pairs, NEAR_DUPLICATE, near, "drop")
+        pairs = pairs.select(~near)
+    return pairs, report
+
+
+def leave_out_leaks(
+    pairs: PairDataset, held_out: PairDataset, filters: Filters, progress_bar: bool = False
+) -> tuple[PairDataset, list[str]]:
+    """Leaves out training pairs whose prompt is held out. Also returns lines of a report.
+
+    Args:
+        pairs: The training pairs.
+        held_out: The held-out pairs.
+        filters: What to leave out.
+        progress_bar: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If no pair is left.
+    """
+    leaked = np.isin(pairs.digests("prompt_key"), held_out.digests("prompt_key"))
+    report = told(pairs, LEAKED, leaked, filters.leaks)
+    if filters.near_duplicates is not None:
+        near = near_prompts(pairs, held_out, filters.near_duplicates, progress_bar) & ~leaked
+        report += told(pairs, NEARLY_LEAKED, near, filters.leaks)
+        leaked |= near
+    if filters.leaks == "keep":
+        return pairs, report
+    if leaked.all():
+        raise ValueError(f"{pairs.source}: every prompt is also held out. Hold out other pairs (data.val_size).")
+    return pairs.select(~leaked), report
 
 
 def told(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> list[str]:
