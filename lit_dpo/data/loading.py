@@ -12,7 +12,7 @@ from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import Reader
 from lit_dpo.data.mixture import Source
 from lit_dpo.data.pairs import PairDataset, Part
-from lit_dpo.data.preparation import OnBadRow, leave_out, leave_out_leaks, prepare_pairs
+from lit_dpo.data.preparation import Finding, OnBadRow, leave_out, leave_out_leaks, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
 from lit_dpo.data.tokenization import Truncation
@@ -20,11 +20,12 @@ from lit_dpo.files.console import library_bars
 
 
 class Loaded(NamedTuple):
-    """Training pairs and held-out pairs, where they were asked for, and lines of text about the data."""
+    """Training pairs and held-out pairs, where they were asked for, and what is to be told of them."""
 
     train: PairDataset | None
     val: PairDataset | None
-    report: list[str]
+    report: list[str]  # lines of text
+    findings: list[Finding]  # about the training pairs, beside others
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class PairLoading:
         prepare = partial(self._pairs, ChatTemplate(tokenizer, **self.template), progress_bar)
         train: PairDataset | None = None
         report: list[str] = []
+        findings: list[Finding] = []
         if trains or self.val_size is not None:
             found = [prepare(source, source.split, TRAIN_SPLITS) for source in self.sources]
-            train, report = self._joined(found, progress_bar)
+            train, report, findings = self._joined(found, progress_bar)
         if self.val_size is not None:
             assert train is not None
             train, val = train.split_off(self.val_size, self.seed)
-            return Loaded(train, val.mixed(), report)
+            return Loaded(train, val.mixed(), report, findings)
         held_out, absent = [], []
         for source in self.val_sources or self.sources:
             # A separate val_source may be a single file, with only the split "train": then all of it is held out.
@@ -92,13 +94,15 @@ class PairLoading:
                 "trainer.limit_val_batches=0."
             )
         if not held_out:
-            return Loaded(train, None, [*report, f"{absent[0]} None are needed, because trainer.limit_val_batches=0."])
-        val, more = self._joined(held_out, progress_bar)
+            report.append(f"{absent[0]} None are needed, because trainer.limit_val_batches=0.")
+            return Loaded(train, None, report, findings)
+        val, more, _ = self._joined(held_out, progress_bar)
         report += absent + more
         if train is not None:
-            train, more = leave_out_leaks(train, val, self.filters, progress_bar)
-            report += more
-        return Loaded(train, val.mixed(), report)
+            train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)
+            report += map(str, leaks)
+            findings += leaks
+        return Loaded(train, val.mixed(), report, findings)
 
     def _pairs(
         self, template: ChatTemplate, bar: bool, source: Source, split: str | None, defaults: tuple[str, ...]
@@ -112,10 +116,12 @@ class PairLoading:
         pairs.parts = (Part(place, source.name, source.weight),)
         return pairs, report
 
-    def _joined(self, found: list[tuple[PairDataset, list[str]]], bar: bool) -> tuple[PairDataset, list[str]]:
+    def _joined(
+        self, found: list[tuple[PairDataset, list[str]]], bar: bool
+    ) -> tuple[PairDataset, list[str], list[Finding]]:
         """The pairs of all sources, without those that are left out for what others are."""
-        pairs, report = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters, bar)
-        return pairs, [*(line for _, lines in found for line in lines), *report]
+        pairs, findings = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters, bar)
+        return pairs, [*(line for _, lines in found for line in lines), *map(str, findings)], findings
 
 
 def template_text(given: str) -> str:

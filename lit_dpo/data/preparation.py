@@ -5,7 +5,7 @@ import json
 import os
 from array import array
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ ROWS_OF_A_PROCESS = 2000  # for which it pays to start one
 MOST_REASONS = 20  # that are told in a line each; the messages of a template may differ from row to row
 OnBadRow: TypeAlias = Literal["stop", "drop"]
 LEFT_OUT = TokenizedPair([], [], [])
-FORMAT_VERSION = 4  # increment when the meaning of the cached columns changes
+FORMAT_VERSION = 5  # increment when the meaning of the cached columns changes
 
 
 def cache_features() -> "Features":
@@ -47,6 +47,7 @@ def cache_features() -> "Features":
             "question": Value("string"),  # text of the last user turn
             "row": Value("int64"),
             "num_tokens": Value("int32"),
+            "full_lengths": ListOf(Value("int32")),  # tokens of prompt and responses before truncation; empty if unread
             "key": Value("binary"),  # TokenizedPair.key
             "swapped_key": Value("binary"),  # the same with the responses in the other order
             "prompt_key": Value("binary"),  # digest of the prompt's ids
@@ -125,8 +126,23 @@ def prepare_pairs(
     return PairDataset(columns, kept, [Part(source)]), report
 
 
-def leave_out(pairs: PairDataset, filters: Filters, progress_bar: bool = False) -> tuple[PairDataset, list[str]]:
-    """Leaves out pairs for what they are beside others, such as duplicates. Also returns lines of a report.
+class Finding(NamedTuple):
+    """Pairs that were found for what they are beside others."""
+
+    what: str
+    action: Action
+    source: str  # names of all sources
+    total: int  # number of pairs that were looked at
+    rows: np.ndarray  # their row numbers in the columns
+    first: str  # source and row of the first
+
+    def __str__(self) -> str:
+        verb = "left out " if self.action == "drop" else ""
+        return f"{self.source}: {verb}{len(self.rows)} of {self.total} pairs: {self.what} (first: {self.first})"
+
+
+def leave_out(pairs: PairDataset, filters: Filters, progress_bar: bool = False) -> tuple[PairDataset, list[Finding]]:
+    """Leaves out pairs for what they are beside others, such as duplicates. Also returns what was found.
 
     Args:
         pairs: The pairs.
@@ -136,25 +152,25 @@ def leave_out(pairs: PairDataset, filters: Filters, progress_bar: bool = False) 
     Raises:
         ValueError: If no pair is left.
     """
-    report: list[str] = []
+    findings: list[Finding] = []
     left = np.ones(len(pairs), bool)
     for what, (action, found) in filters.of_set(pairs.digests("key"), pairs.digests("swapped_key")).items():
-        report += told(pairs, what, found & left, action)  # each pair is left out, and counted, once
+        findings += _findings(pairs, what, found & left, action)  # each pair is left out, and counted, once
         left &= ~found | (action == "keep")
     if not left.any():
-        raise ValueError("\n".join([f"{pairs.source}: no usable pair is left.", *report]))
+        raise ValueError("\n".join([f"{pairs.source}: no usable pair is left.", *map(str, findings)]))
     pairs = pairs.select(left)
     if filters.near_duplicates is not None:
         near = near_duplicates(pairs, filters.near_duplicates, progress_bar)
-        report += told(pairs, NEAR_DUPLICATE, near, "drop")
+        findings += _findings(pairs, NEAR_DUPLICATE, near, "drop")
         pairs = pairs.select(~near)
-    return pairs, report
+    return pairs, findings
 
 
 def leave_out_leaks(
     pairs: PairDataset, held_out: PairDataset, filters: Filters, progress_bar: bool = False
-) -> tuple[PairDataset, list[str]]:
-    """Leaves out training pairs whose prompt is held out. Also returns lines of a report.
+) -> tuple[PairDataset, list[Finding]]:
+    """Leaves out training pairs whose prompt is held out. Also returns what was found.
 
     Args:
         pairs: The training pairs.
@@ -166,39 +182,31 @@ def leave_out_leaks(
         ValueError: If no pair is left.
     """
     leaked = np.isin(pairs.digests("prompt_key"), held_out.digests("prompt_key"))
-    report = told(pairs, LEAKED, leaked, filters.leaks)
+    findings = _findings(pairs, LEAKED, leaked, filters.leaks)
     if filters.near_duplicates is not None:
         near = near_prompts(pairs, held_out, filters.near_duplicates, progress_bar) & ~leaked
-        report += told(pairs, NEARLY_LEAKED, near, filters.leaks)
+        findings += _findings(pairs, NEARLY_LEAKED, near, filters.leaks)
         leaked |= near
     if filters.leaks == "keep":
-        return pairs, report
+        return pairs, findings
     if leaked.all():
         raise ValueError(f"{pairs.source}: every prompt is also held out. Hold out other pairs (data.val_size).")
-    return pairs.select(~leaked), report
+    return pairs.select(~leaked), findings
 
 
-def told(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> list[str]:
-    """A line of the report about some of the pairs; none if there are none.
-
-    Args:
-        pairs: All pairs.
-        what: What is said of the pairs that were found.
-        found: Which pairs were found, (P,) bool.
-        action: Whether they are left out.
-    """
+def _findings(pairs: PairDataset, what: str, found: np.ndarray, action: Action) -> list[Finding]:
+    """A finding about some of the pairs, (P,) bool; none if there are none."""
     if not found.any():
         return []
     source, _, first = pairs.place(int(found.argmax())).rpartition(", ")
     first = first if len(pairs.parts) == 1 else f"{source}, {first}"
-    verb = "left out " if action == "drop" else ""
-    return [f"{pairs.source}: {verb}{found.sum()} of {len(pairs)} pairs: {what} (first: {first})"]
+    return [Finding(what, action, pairs.source, len(pairs), np.asarray(pairs.indices)[found], first)]
 
 
 def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     """The indices of the rows that are kept, and lines of text about the data."""
     total = len(columns)
-    formats, unread, reasons, notes = (_counts(columns, name) for name in ("format", "unread", "reason", "notes"))
+    formats, unread, reasons, notes = (counts(columns, name) for name in ("format", "unread", "reason", "notes"))
     reasons.pop("", None)
     formats.pop("", None)
     names = [name if len(formats) == 1 else f"{name} ({count} rows)" for name, (count, _) in formats.items()]
@@ -220,7 +228,7 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     return index_array(np.flatnonzero(columns.data.column("reason").to_numpy() == "")), report
 
 
-def _counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
+def counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
     """For each text in a column of texts, or of lists of texts, how many rows have it, and the first that has it."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -259,6 +267,7 @@ class _Preparation:
         """Turns one source row into one row of the cached data set."""
         reading = Reading("", "", ())
         notes: list[str] = []
+        full_lengths: list[int] = []
         result: TokenizedPair | str
         try:
             reading = self.reader(row)
@@ -268,7 +277,9 @@ class _Preparation:
                 rendered = self.template(reading.result)
                 unwanted, notes = self.filters.of_row(reading.result)
                 notes += rendered.notes
-                result = unwanted or self.truncation(tokenize(rendered, self.encode, reading.result.scores))
+                whole = tokenize(rendered, self.encode, reading.result.scores)
+                full_lengths = [len(whole.prompt), *map(len, whole.responses)]
+                result = unwanted or self.truncation(whole)
         except (RowError, RejectedByTemplateError) as error:
             if self.on_bad_row == "stop":
                 raise ValueError(
@@ -288,6 +299,7 @@ class _Preparation:
             "question": question,
             "row": index,
             "num_tokens": pair.num_tokens,
+            "full_lengths": full_lengths,
             "key": pair.key,
             "swapped_key": replace(pair, chosen=pair.rejected, rejected=pair.chosen, runs=pair.runs[::-1]).key,
             "prompt_key": TokenizedPair(pair.prompt, [], []).key,

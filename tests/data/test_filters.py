@@ -28,7 +28,7 @@ def prepared(rows: list[dict[str, Any]], **options: Any) -> tuple[list[int], lis
     filters = Filters(**options)
     pairs, report = prepare_pairs(Dataset.from_list(rows), "x", TEMPLATE, Truncation(64), Reader(), filters)
     pairs, more = leave_out(pairs, filters)
-    return [pairs.pair(index).row for index in range(len(pairs))], [*report[1:], *more]
+    return [pairs.pair(index).row for index in range(len(pairs))], [*report[1:], *map(str, more)]
 
 
 SCORED = [scored(3, 3, "a"), scored(3, 2.5, "b"), scored(1, 2, "c"), scored(5, 1, "d")]
@@ -105,7 +105,7 @@ def test_kept_and_left_out_rows_are_all_rows(ultrafeedback: Path) -> None:
     filters = Filters(ties="drop", duplicates="drop", contradictions="drop", exclude="(?i)as an ai language model")
     pairs, report = prepare_pairs(rows, "x", TEMPLATE, Truncation(4096, overlong="drop"), Reader(), filters)
     pairs, more = leave_out(pairs, filters)
-    report += more
+    report += map(str, more)
     left_out = sum(int(line.split("left out ")[1].split()[0]) for line in report if "left out" in line)
     assert len(pairs) + left_out == len(rows)
     assert len(report) > 5
