@@ -208,15 +208,24 @@ class PreferenceDataModule(LightningDataModule):
         trainer = self.trainer
         evaluates = trainer is None or trainer.state.fn != "fit" or trainer.limit_val_batches != 0
         shows_progress = trainer is None or trainer.progress_bar_callback is not None
-        loaded = self.loading.load(self._tokenizer(), trains=trains, evaluates=evaluates, progress_bar=shows_progress)
+        loaded = self.loading.load(
+            self.load_tokenizer(), trains=trains, evaluates=evaluates, progress_bar=shows_progress
+        )
         self.train_pairs, self.val_pairs = loaded.train or self.train_pairs, loaded.val or self.val_pairs
         return loaded.report
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with ``chat_template``. The module uses the same object for its samples and its adapter."""
+    def load_tokenizer(self, default: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer, with ``chat_template``. The module uses the same object for its samples and its adapter.
+
+        Args:
+            default: Tokenizer to use if ``tokenizer`` is not set; by default that of the module in training.
+
+        Raises:
+            ValueError: If there is none.
+        """
         if isinstance(self.tokenizer, str):
             self.tokenizer = load_tokenizer(self.tokenizer)
-        tokenizer: Any = self.tokenizer
+        tokenizer: Any = self.tokenizer or default
         if tokenizer is None:
             tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:

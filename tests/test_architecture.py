@@ -25,6 +25,7 @@ FLOORS = {
     "module": 6,
     "datamodule": 6,
     "callbacks": 7,
+    "audit": 7,
     "commands": 8,
     "cli": 9,
     "__main__": 10,

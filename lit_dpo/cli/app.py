@@ -1,7 +1,9 @@
 """A ``LightningCLI`` with this project's defaults and its own commands."""
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,12 +24,20 @@ from lit_dpo.cli.overrides import (
     stored_arguments,
     warn_of_overrides,
 )
-from lit_dpo.commands import DESCRIPTIONS, OWN, function_of
+from lit_dpo.commands import DESCRIPTIONS, LIKE_FIT, OWN, function_of
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.console import make_streams_safe
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
 from lit_dpo.training.run_dir import run_dir
+
+# Arguments of our own commands that are built from the options of fit
+GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
+    "trainer": lambda cli, config: cli.trainer,
+    "model": lambda cli, config: config.model,
+    "data": lambda cli, config: config.data,
+    "progress_bar": lambda cli, config: config.trainer.enable_progress_bar is not False,
+}
 
 
 class Parser(LightningArgumentParser):
@@ -93,6 +103,10 @@ class DPOCLI(LightningCLI):
             options: dict[str, Any] = {"prog": f"lit_dpo {name}", "description": description, "allow_abbrev": False}
             if name not in self._args:
                 command = self.parser_class(**options)
+            elif name in LIKE_FIT:
+                command = self._prepare_subcommand_parser(Trainer, "fit", **options)
+                read_integers_first(command)
+                command.add_function_arguments(function_of(name), skip=set(GIVEN))
             elif name in OWN:
                 command = self.init_parser(**options)
                 command.add_function_arguments(function_of(name))
@@ -119,6 +133,8 @@ class DPOCLI(LightningCLI):
             self._subcommand_parsers[command].set_defaults({f"model.{key}": stored[key] for key in plain})
         with new_classes_start_afresh():
             self.config = parser.parse_args(self._args)
+        if command in LIKE_FIT and self.config[command].ckpt_path is not None:
+            raise ValueError(f"{command} reads no checkpoint: leave ckpt_path out.")
         if command is None or command in OWN:
             return
         final = self.config[command].get("ckpt_path")
@@ -133,12 +149,12 @@ class DPOCLI(LightningCLI):
         """Does nothing, because ``parse_arguments`` has read the checkpoint already."""
 
     def _set_seed(self) -> None:
-        if self.subcommand not in OWN:
+        if "trainer" in self._taken():
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Chooses precision and run name, so that the saved configuration holds them."""
-        if self.subcommand in OWN:
+        if self.subcommand in OWN and self.subcommand not in LIKE_FIT:
             return
         config = self.config[self.subcommand]
         if config.trainer.precision is None:
@@ -149,15 +165,23 @@ class DPOCLI(LightningCLI):
             config.run_name = Path(str(files[-1])).stem if files else "dpo"
 
     def instantiate_classes(self) -> None:
-        """Builds model, data and trainer. Our own commands need none of them."""
-        if self.subcommand in OWN:
-            self.config_init = self.parser.instantiate_classes(self.config)
-        else:
+        """Builds model, data and trainer, or those of them that the command takes."""
+        if "trainer" in self._taken():
             super().instantiate_classes()
+        else:
+            self.config_init = self.parser.instantiate_classes(self.config)
+
+    def _taken(self) -> set[str]:
+        """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""
+        if self.subcommand not in OWN:
+            return set(GIVEN)
+        return set(GIVEN) & inspect.signature(function_of(self.subcommand)).parameters.keys()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Logs to ``runs/<name>/version_N`` unless another logger was chosen."""
         config = self.config_init[self.subcommand]
+        if self.subcommand in OWN:
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = default_loggers(config.run_name)
         elif config.trainer.logger is False and config.trainer.default_root_dir is None:
@@ -165,6 +189,8 @@ class DPOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if self.subcommand in OWN:  # nothing is trained, so nothing is logged or saved
+            return Trainer(**{**config, "callbacks": []})
         left_out: tuple[type[Callback], ...] = ()
         if config.get("enable_checkpointing") is False:
             left_out = (Checkpoint,)
@@ -177,11 +203,14 @@ class DPOCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand in OWN:
-            arguments = self.config_init[subcommand].items()
-            function_of(subcommand)(**{key: value for key, value in arguments if key != "config"})
-        else:
+        if subcommand not in OWN:
             super()._run_subcommand(subcommand)
+            return
+        config, function = self.config_init[subcommand], function_of(subcommand)
+        arguments = {name: config[name] for name in inspect.signature(function).parameters if name not in GIVEN}
+        for name in self._taken():
+            arguments[name] = GIVEN[name](self, config)
+        function(**arguments)
 
 
 OPTIONS: dict[str, Any] = {

@@ -13,9 +13,12 @@ DESCRIPTIONS = {
     "validate": "Measure loss and reward accuracy on the held-out pairs.",
     "test": "Like validate, but logs the metrics under test/.",
     "predict": "Write the implicit rewards of each held-out pair as JSON lines.",
+    "audit": "Read the data as fit would, and judge it before it is trained on.",
+    "prepare": "Tokenize the pairs and compute the reference log-probs ahead of fit.",
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
 }
-OWN = ("generate",)  # the others are methods of the Trainer
+OWN = ("audit", "prepare", "generate")  # the others are methods of the Trainer
+LIKE_FIT = ("audit", "prepare")  # ours that take the options of fit, and get what they build
 
 
 def function_of(command: str) -> Callable[..., Any]:

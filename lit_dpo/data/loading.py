@@ -26,6 +26,7 @@ class Loaded(NamedTuple):
     val: PairDataset | None
     report: list[str]  # lines of text
     findings: list[Finding]  # about the training pairs, beside others
+    rows: list[Any]  # those of each source, first of the training pairs
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class PairLoading:
         train: PairDataset | None = None
         report: list[str] = []
         findings: list[Finding] = []
+        rows: list[Any] = []
         if trains or self.val_size is not None:
             found = [prepare(source, source.split, TRAIN_SPLITS) for source in self.sources]
-            train, report, findings = self._joined(found, progress_bar)
+            train, report, findings = self._joined(found, rows, progress_bar)
         if self.val_size is not None:
             assert train is not None
             train, val = train.split_off(self.val_size, self.seed)
-            return Loaded(train, val.mixed(), report, findings)
+            return Loaded(train, val.mixed(), report, findings, rows)
         held_out, absent = [], []
         for source in self.val_sources or self.sources:
             # A separate val_source may be a single file, with only the split "train": then all of it is held out.
@@ -95,33 +97,34 @@ class PairLoading:
             )
         if not held_out:
             report.append(f"{absent[0]} None are needed, because trainer.limit_val_batches=0.")
-            return Loaded(train, None, report, findings)
-        val, more, _ = self._joined(held_out, progress_bar)
+            return Loaded(train, None, report, findings, rows)
+        val, more, _ = self._joined(held_out, rows, progress_bar)
         report += absent + more
         if train is not None:
             train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)
             report += map(str, leaks)
             findings += leaks
-        return Loaded(train, val.mixed(), report, findings)
+        return Loaded(train, val.mixed(), report, findings, rows)
 
     def _pairs(
         self, template: ChatTemplate, bar: bool, source: Source, split: str | None, defaults: tuple[str, ...]
-    ) -> tuple[PairDataset, list[str]]:
-        """The pairs of one source."""
+    ) -> tuple[PairDataset, list[str], Any]:
+        """The pairs of one source, a report, and the rows."""
         with library_bars(bar, "datasets"):
             rows, place = load_rows(source.source, split, defaults, source.subset, source.revision)
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
         reader = replace(self.reader, **source.of_rows)
         pairs, report = prepare_pairs(rows, place, template, self.truncation, reader, self.filters, **options)
         pairs.parts = (Part(place, source.name, source.weight),)
-        return pairs, report
+        return pairs, report, rows
 
     def _joined(
-        self, found: list[tuple[PairDataset, list[str]]], bar: bool
+        self, found: list[tuple[PairDataset, list[str], Any]], rows: list[Any], bar: bool
     ) -> tuple[PairDataset, list[str], list[Finding]]:
-        """The pairs of all sources, without those that are left out for what others are."""
-        pairs, findings = leave_out(PairDataset.concatenate([pairs for pairs, _ in found]), self.filters, bar)
-        return pairs, [*(line for _, lines in found for line in lines), *map(str, findings)], findings
+        """The pairs of all sources, without those left out for what others are. Adds the sources' rows to ``rows``."""
+        rows += (own for _, _, own in found)
+        pairs, findings = leave_out(PairDataset.concatenate([pairs for pairs, _, _ in found]), self.filters, bar)
+        return pairs, [*(line for _, lines, _ in found for line in lines), *map(str, findings)], findings
 
 
 def template_text(given: str) -> str:

@@ -182,14 +182,19 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
 
     def digests(self, name: str) -> np.ndarray:
         """A column of 16-byte digests of all pairs, (P,): ``key``, ``swapped_key`` or ``prompt_key``."""
-        import pyarrow as pa
-
-        column = self._taken(name).cast(pa.binary(16))
-        return np.frombuffer(column.buffers()[1], "S16", len(column), 16 * column.offset)
+        return as_digests(self._taken(name))
 
     def _taken(self, name: str) -> Any:
         """A column of all pairs, as an Arrow array."""
         return self.columns.data.column(name).take(np.asarray(self.indices, np.int64)).combine_chunks()
+
+
+def as_digests(column: Any) -> np.ndarray:
+    """An Arrow array of 16-byte digests as NumPy's, without a copy of each."""
+    import pyarrow as pa
+
+    fixed = column.cast(pa.binary(16))
+    return np.frombuffer(fixed.buffers()[1], "S16", len(fixed), 16 * fixed.offset)
 
 
 def index_array(indices: np.ndarray) -> "array[int]":

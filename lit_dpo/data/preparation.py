@@ -206,7 +206,9 @@ def _findings(pairs: PairDataset, what: str, found: np.ndarray, action: Action) 
 def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     """The indices of the rows that are kept, and lines of text about the data."""
     total = len(columns)
-    formats, unread, reasons, notes = (counts(columns, name) for name in ("format", "unread", "reason", "notes"))
+    formats, unread, reasons, notes = (
+        counts(columns.data.column(name).combine_chunks()) for name in ("format", "unread", "reason", "notes")
+    )
     reasons.pop("", None)
     formats.pop("", None)
     names = [name if len(formats) == 1 else f"{name} ({count} rows)" for name, (count, _) in formats.items()]
@@ -228,12 +230,11 @@ def _report(columns: "Dataset", source: str) -> tuple["array[int]", list[str]]:
     return index_array(np.flatnonzero(columns.data.column("reason").to_numpy() == "")), report
 
 
-def counts(columns: "Dataset", name: str) -> dict[str, tuple[int, int]]:
-    """For each text in a column of texts, or of lists of texts, how many rows have it, and the first that has it."""
+def counts(texts: Any) -> dict[str, tuple[int, int]]:
+    """For each text in an Arrow array of texts, or of lists of texts, how many rows have it, and the first of them."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-    texts = columns.data.column(name).combine_chunks()
     rows = np.arange(len(texts))
     if pa.types.is_list(texts.type):
         texts, rows = pc.list_flatten(texts), pc.list_parent_indices(texts).to_numpy()
@@ -295,7 +296,7 @@ class _Preparation:
             "rejected": pair.rejected,
             "between": list(pair.between),
             "runs": [list(run) for run in pair.runs],
-            "scores": list(pair.scores),
+            "scores": list(pair.scores) if not reason else list(reading.scores),
             "question": question,
             "row": index,
             "num_tokens": pair.num_tokens,

@@ -59,6 +59,7 @@ class Reading(NamedTuple):
     format: str  # name of its family
     result: PreferencePair | str  # the pair, or the reason to leave the row out
     unread: tuple[str, ...]  # columns with a value that were not read
+    scores: tuple[float, ...] = ()  # from best to worst response, also of a row that is left out
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,14 @@ class Reader:
         result = family.read(row, self.max_responses)
         if isinstance(result, PreferencePair):
             result = self._complete(row, result)
+        scores = result.scores if isinstance(result, PreferencePair) else chosen_rejected.scores_of(row)
         unread = {name: value for name, value in row.unread().items() if value not in ("", [], {})}
         if isinstance(result, PreferencePair) and (unsafe := sorted(_unsafe(unread, result))):
             raise RowError(
                 f"{' and '.join(map(repr, unsafe))} could change what is trained, but {family.name} does not read it. "
                 f"To leave it out on purpose, set data.ignore={unsafe}"
             )
-        return Reading(family.name, result, (*unread, *sorted(row.nested)))
+        return Reading(family.name, result, (*unread, *sorted(row.nested)), scores)
 
     def _row(self, columns: Mapping[str, Any]) -> Row:
         """The row under the names that formats know, without the columns to ignore."""

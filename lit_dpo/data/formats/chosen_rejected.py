@@ -102,7 +102,7 @@ def read_two(row: Row, better: str, worse: str, question: str | None = None) -> 
             raise
         lead = []  # the responses' messages hold the prompt, and the column is something else
     turns, responses = _apart(lead, column or "prompt", *responses)
-    return make_pair(with_context(row, turns), responses, _scores(row))
+    return make_pair(with_context(row, turns), responses, scores_of(row))
 
 
 def _apart(
@@ -147,7 +147,7 @@ def _same(one: Message, other: Message) -> bool:
     return first == second
 
 
-def _scores(row: Row) -> tuple[float, ...]:
+def scores_of(row: Row) -> tuple[float, ...]:
     """The scores of both responses; empty if one of them has none."""
     for names in SCORES:
         if all(name in row for name in names):
