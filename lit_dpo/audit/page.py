@@ -24,7 +24,7 @@ thead th { color: var(--soft); }
   border-radius: .3rem; overflow-wrap: anywhere; } .verdict b { color: var(--c); text-transform: uppercase;
   font-size: .78rem; letter-spacing: .05em; margin-right: .6rem; } .error { --c: var(--red); }
 .warning { --c: var(--orange); } .note { --c: var(--blue); } .good { --c: var(--green); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: 1rem; }
 .plots, .big { margin: 1rem 0; }
 figure { margin: 0; padding: .8rem; background: var(--panel); border-radius: .4rem; } svg { width: 100%; height: auto; }
 figcaption { font-size: .9rem; color: var(--soft); } svg rect { fill: var(--blue); } svg text { fill: var(--soft);
