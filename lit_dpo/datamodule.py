@@ -17,8 +17,10 @@ from lit_dpo.data.loading import PairLoading, template_text
 from lit_dpo.data.mixture import Sources, is_plain, sources_of
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.preparation import OnBadRow
-from lit_dpo.data.sampler import EvalSampler, PairSampler
+from lit_dpo.data.sampler import EvalSampler
+from lit_dpo.data.stream import PairStream
 from lit_dpo.data.tokenization import Overlong, Truncation
+from lit_dpo.training.position import EpochPosition, Position, StreamPosition, check_order
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -62,6 +64,9 @@ class PreferenceDataModule(LightningDataModule):
             objectives that rank lists, others evenly spaced by rank. Batch sizes then count lists.
         batch_size: Number of pairs in a training batch of one process.
         eval_batch_size: Number of pairs in an evaluation batch of one process; by default ``batch_size``.
+        streaming: Whether training pairs are read and tokenized on the way, without end, instead of being prepared on
+            disk. Held-out pairs need a source or split of their own.
+        shuffle_buffer: Number of rows, of each process, among which a stream draws the next one.
         num_workers: Number of processes that load batches in advance; 0 loads them in the training process.
         num_proc: Number of processes that tokenize; by default one for each CPU core, if there are many rows.
         shuffle: Whether to train in a new random order in each epoch.
@@ -99,6 +104,8 @@ class PreferenceDataModule(LightningDataModule):
         max_responses: int = 2,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         num_workers: int = 0,
         num_proc: int | None = None,
         shuffle: bool = True,
@@ -115,20 +122,20 @@ class PreferenceDataModule(LightningDataModule):
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
             Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn, pretemplated),
             Filters(**filters) if isinstance(filters, dict) else filters,  # a checkpoint holds a dict
-            *(on_bad_row, num_proc),
+            *(on_bad_row, num_proc, (shuffle_buffer if shuffle else 1) if streaming else None),
             {"kwargs": chat_template_kwargs or {}, "pretemplated": pretemplated}
             | {"keep_thinking": keep_thinking, "date": date},
         )
         chat_template = None if chat_template is None else template_text(chat_template)
         self.chat_template = chat_template
-        self.max_responses = max_responses
+        self.max_responses, self.streaming = max_responses, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.shuffle, self.seed = num_workers, shuffle, seed
         self.tokenizer = tokenizer
-        self.train_pairs: PairDataset | None = None
+        self.train_pairs: PairDataset | PairStream | None = None
         self.val_pairs: PairDataset | None = None
-        self._resume_at = (-1, 0)
-        self._stored_order: dict[str, int | bool] | None = None
+        self.position: Position | None = None
+        self._stored: dict[str, Any] | None = None  # a checkpoint's position
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
         filters = asdict(self.loading.filters)  # type: ignore[assignment]
         objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
@@ -146,30 +153,20 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of ``batch_size`` pairs, in the order given by (seed, epoch). Resumes where a checkpoint stopped."""
-        assert self.train_pairs is not None
+        assert self.position is not None
         if getattr(self.trainer, "overfit_batches", 0):
             raise ValueError(
                 "trainer.overfit_batches would replace the sampler. To see the same batches again and again, set "
                 "trainer.limit_train_batches and data.shuffle=false."
             )
-        if self._stored_order is not None and self._stored_order != self._order():
-            differing = ", ".join(
-                f"{key} was {value} and is now {self._order()[key]}"
-                for key, value in self._stored_order.items()
-                if value != self._order()[key]
-            )
-            raise ValueError(f"The checkpoint's position in the training data does not fit this run: {differing}.")
-        sampler = PairSampler(
-            self.train_pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self._ranks()
-        )
-        sampler.resume_at = self._resume_at
-        return self._loader(self.train_pairs, sampler)
+        check_order(self._stored, self.position.order)
+        return self.position.loader(self.trainer, self._stored, **self._loading_options())
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
         """Batches that contain every held-out pair once."""
         assert self.val_pairs is not None
         sampler = EvalSampler(self.val_pairs, batch_size=self.eval_batch_size, **self._ranks())
-        return self._loader(self.val_pairs, sampler)
+        return batch_loader(self.val_pairs, sampler, seed=self.seed, **self._loading_options())
 
     def test_dataloader(self) -> DataLoader[PairBatch]:
         """The held-out pairs, as for validation."""
@@ -179,29 +176,26 @@ class PreferenceDataModule(LightningDataModule):
         """The held-out pairs, as for validation."""
         return self.val_dataloader()
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes how far the training is in a stream."""
+        if self.position is not None:
+            self.position.note(batch)
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Tells which rows of a stream were left out."""
+        for line in self.position.report() if self.position is not None else ():
+            rank_zero_info(line)
+
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data: the epoch, and the number of its batches already trained on."""
+        """The position in the training data, and all that its order depends on. Collective for a stream."""
+        assert self.position is not None
         assert self.trainer is not None
-        loop: Any = self.trainer.fit_loop
-        epochs = loop.epoch_progress.current
-        finished = epochs.processed == epochs.started  # then the batch count is still that of the previous epoch
-        batches = 0 if finished else loop.epoch_loop.batch_progress.current.processed
-        return {**self._order(), "epoch": epochs.processed, "batches": batches}
+        return {**self.position.order, **self.position.state(self.trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets the position in the training data to resume from."""
-        self._stored_order = {key: value for key, value in state_dict.items() if key not in ("epoch", "batches")}
-        self._resume_at = (state_dict["epoch"], state_dict["batches"])
-
-    def _order(self) -> dict[str, int | bool]:
-        """Everything that the order of the training pairs depends on, by name."""
-        assert self.train_pairs is not None
-        return {
-            "number of pairs": len(self.train_pairs),
-            "pairs in a batch over all processes": self.batch_size * self._ranks()["num_replicas"],
-            "data.seed": self.seed,
-            "data.shuffle": self.shuffle,
-        }
+        self._stored = state_dict
 
     def _load(self, trains: bool) -> list[str]:
         """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per fact."""
@@ -211,7 +205,13 @@ class PreferenceDataModule(LightningDataModule):
         loaded = self.loading.load(
             self.load_tokenizer(), trains=trains, evaluates=evaluates, progress_bar=shows_progress
         )
-        self.train_pairs, self.val_pairs = loaded.train or self.train_pairs, loaded.val or self.val_pairs
+        self.val_pairs = loaded.val or self.val_pairs
+        self.train_pairs = loaded.stream or loaded.train or self.train_pairs
+        order = (self.batch_size, self.seed)
+        if loaded.stream is not None:
+            self.position = StreamPosition(loaded.stream, *order, self._ranks(), self.num_workers)
+        elif loaded.train is not None:
+            self.position = EpochPosition(loaded.train, *order, self.shuffle, self._ranks())
         return loaded.report
 
     def load_tokenizer(self, default: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
@@ -240,6 +240,6 @@ class PreferenceDataModule(LightningDataModule):
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
 
-    def _loader(self, pairs: PairDataset, sampler: PairSampler | EvalSampler) -> DataLoader[PairBatch]:
+    def _loading_options(self) -> dict[str, Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return batch_loader(pairs, sampler, num_workers=self.num_workers, seed=self.seed, pin_memory=on_gpu)
+        return {"num_workers": self.num_workers, "pin_memory": on_gpu}

@@ -187,7 +187,8 @@ class DPOModule(LightningModule):
     def reference(self) -> Reference:
         """The reference that the policy is compared with."""
         dtype = self._matmul_dtype if self._trainer is None else dtype_for(self.trainer.precision)
-        return open_reference(self.reference_choice, self.policy, self.objective, dtype, lambda: self.tokenizer)
+        data = getattr(self._trainer, "datamodule", None)
+        return open_reference(self.reference_choice, self.policy, self.objective, dtype, lambda: self.tokenizer, data)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -41,11 +41,12 @@ WAY = [
     "pairs",
     "near",
     "sampler",
-    "loader",
     "file_kinds",
     "sources",
     "mixture",
     "preparation",
+    "stream",
+    "loader",
     "loading",
 ]
 

@@ -76,6 +76,8 @@ def audit_data(data: PreferenceDataModule, model: DPOModule | None = None, progr
     """
     tokenizer = data.load_tokenizer(None if model is None else model.tokenizer)
     loading, first = data.loading, None
+    if data.streaming:
+        raise ValueError("audit reads all rows at once: leave data.streaming out, or audit a part of the source.")
     try:
         loaded = loading.load(tokenizer, trains=True, evaluates=False, progress_bar=progress_bar)
     except ValueError as error:

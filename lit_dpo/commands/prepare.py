@@ -20,11 +20,13 @@ def prepare(trainer: Trainer, model: DPOModule, data: PreferenceDataModule) -> N
         model: The model.
         data: The data.
     """
+    if data.streaming:
+        raise ValueError("A stream is tokenized on the way, so there is nothing to prepare: leave data.streaming out.")
     trainer.callbacks.append(_StopBeforeTraining())  # type: ignore[attr-defined]
     trainer.fit(model, datamodule=data)
     cached = isinstance(model.reference, CachedReference)
     where = "The reference log-probs of those that the run uses are cached." if cached else "No reference is cached."
-    parts = {"training": data.train_pairs, "held-out": data.val_pairs}
+    parts: dict[str, Any] = {"training": data.train_pairs, "held-out": data.val_pairs}
     numbers = [f"{len(pairs):,} {name}" for name, pairs in parts.items() if pairs is not None]
     rank_zero_info(f"Prepared: {' and '.join(numbers)} pairs. {where}")
 

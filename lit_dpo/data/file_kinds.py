@@ -80,7 +80,7 @@ def read_files(files: Sequence[str], source: str) -> "Dataset":
         logger.setLevel(level)
 
 
-def _open(file: str, errors: str = "strict") -> IO[str]:
+def open_text(file: str, errors: str = "strict") -> IO[str]:
     """The text of a file, decompressed. ``errors`` says what to do with bytes that are no text, as in ``open``."""
     opener: Any = fsspec.open  # has no types
     return opener(file, "r", compression="infer", encoding="utf-8-sig", errors=errors).open()  # type: ignore[no-any-return]
@@ -88,7 +88,7 @@ def _open(file: str, errors: str = "strict") -> IO[str]:
 
 def _csv_options(file: str) -> dict[str, Any]:
     """Keeps texts such as "N/A" as they are, and finds the separator of the columns."""
-    with _open(file) as text:
+    with open_text(file) as text:
         sample = text.read(SAMPLE)
     try:
         separator = csv.Sniffer().sniff(sample.splitlines()[0] + "\n", SEPARATORS).delimiter
@@ -117,7 +117,7 @@ def _json_options(file: str) -> dict[str, Any]:
     Raises:
         ValueError: If the object has several lists of rows.
     """
-    with _open(file) as text:
+    with open_text(file) as text:
         start = text.read(SAMPLE).lstrip()
         if not start:
             raise ValueError("the file is empty")
@@ -154,7 +154,7 @@ def _broken_line(files: Sequence[str]) -> str | None:
     """Says which line of a file of JSON lines is broken; None if it is none of them."""
     for file in files:
         name = PurePosixPath(file).name
-        with suppress(OSError, EOFError, zlib.error, lzma.LZMAError), _open(file, "surrogateescape") as text:
+        with suppress(OSError, EOFError, zlib.error, lzma.LZMAError), open_text(file, "surrogateescape") as text:
             for number, line in enumerate(text, 1):
                 if number == 1 and (line.lstrip().startswith("[") or line.strip() == "{"):
                     break  # one list or object in many lines

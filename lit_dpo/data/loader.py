@@ -8,16 +8,22 @@ from torch.utils.data import DataLoader
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
+from lit_dpo.data.stream import PairStream
 
 
 def batch_loader(
-    pairs: PairDataset, sampler: PairSampler | EvalSampler, *, num_workers: int, seed: int, pin_memory: bool
+    pairs: PairDataset | PairStream,
+    sampler: PairSampler | EvalSampler | None,
+    *,
+    num_workers: int,
+    seed: int,
+    pin_memory: bool,
 ) -> DataLoader[PairBatch]:
-    """The batches that a sampler chooses.
+    """The batches that a sampler chooses, or those of a stream.
 
     Args:
         pairs: The pairs.
-        sampler: Yields the indices of each batch.
+        sampler: Yields the indices of each batch; None for a stream.
         num_workers: Number of processes that load batches in advance; 0 loads them in this process.
         seed: Seed of the workers.
         pin_memory: Whether batches lie in page-locked memory, from which they are copied to a GPU.

@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_dpo.data.encoding import Encoder
+from lit_dpo.data.file_kinds import read_files
 from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import Reader
 from lit_dpo.data.mixture import Source
 from lit_dpo.data.pairs import PairDataset, Part
-from lit_dpo.data.preparation import Finding, OnBadRow, leave_out, leave_out_leaks, prepare_pairs
+from lit_dpo.data.preparation import Finding, OnBadRow, Preparation, leave_out, leave_out_leaks, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
-from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows
+from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows, stream_rows
+from lit_dpo.data.stream import PairStream, StreamSource
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.files.console import library_bars
 
@@ -27,6 +30,7 @@ class Loaded(NamedTuple):
     report: list[str]  # lines of text
     findings: list[Finding]  # about the training pairs, beside others
     rows: list[Any]  # those of each source, first of the training pairs
+    stream: PairStream | None = None  # the training pairs, if they are streamed
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class PairLoading:
     filters: Filters
     on_bad_row: OnBadRow
     num_proc: int | None
+    buffer_size: int | None  # of a stream; None for pairs on disk
     template: Mapping[str, Any] = field(default_factory=dict)  # options of ChatTemplate
 
     def __post_init__(self) -> None:
@@ -54,8 +59,24 @@ class PairLoading:
             raise ValueError("data.val_size takes pairs from the training split: it excludes val_source and val_split.")
         if self.val_size is not None and self.val_size <= 0:
             raise ValueError(f"data.val_size must be positive, not {self.val_size}.")
+        if self.buffer_size is not None:
+            self._check_stream(self.buffer_size)
         if self.reader.max_responses < 2:
             raise ValueError(f"data.max_responses must be at least 2, not {self.reader.max_responses}.")
+
+    def _check_stream(self, buffer_size: int) -> None:
+        """Refuses what needs all pairs at once."""
+        if buffer_size < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, not {buffer_size}.")
+        if self.val_size is not None:
+            raise ValueError("data.streaming: pairs cannot be split off a stream. Set val_source or val_split.")
+        whole = {"duplicates", "contradictions"} & {
+            name for name, value in vars(self.filters).items() if value == "drop"
+        }
+        whole |= {"near_duplicates"} if self.filters.near_duplicates is not None else set()
+        if whole:
+            names = ", ".join(f"data.filters.{name}" for name in sorted(whole))
+            raise ValueError(f"data.streaming: {names} would need all pairs at once.")
 
     def load(self, tokenizer: PreTrainedTokenizerBase, *, trains: bool, evaluates: bool, progress_bar: bool) -> Loaded:
         """Loads the held-out pairs and, with ``trains``, the training pairs.
@@ -69,12 +90,13 @@ class PairLoading:
         Raises:
             ValueError: If held-out pairs are needed, and nothing says which they are.
         """
-        prepare = partial(self._pairs, ChatTemplate(tokenizer, **self.template), progress_bar)
+        template = ChatTemplate(tokenizer, **self.template)
+        prepare = partial(self._pairs, template, progress_bar)
         train: PairDataset | None = None
         report: list[str] = []
         findings: list[Finding] = []
         rows: list[Any] = []
-        if trains or self.val_size is not None:
+        if (trains and self.buffer_size is None) or self.val_size is not None:
             found = [prepare(source, source.split, TRAIN_SPLITS) for source in self.sources]
             train, report, findings = self._joined(found, rows, progress_bar)
         if self.val_size is not None:
@@ -97,9 +119,13 @@ class PairLoading:
             )
         if not held_out:
             report.append(f"{absent[0]} None are needed, because trainer.limit_val_batches=0.")
-            return Loaded(train, None, report, findings, rows)
+            stream = self._stream(template, None) if trains and self.buffer_size is not None else None
+            return Loaded(train, None, report, findings, rows, stream)
         val, more, _ = self._joined(held_out, rows, progress_bar)
         report += absent + more
+        if trains and self.buffer_size is not None:
+            stream = self._stream(template, val)
+            return Loaded(None, val.mixed(), [f"{stream.source}: streamed", *report], findings, rows, stream)
         if train is not None:
             train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)
             report += map(str, leaks)
@@ -110,13 +136,30 @@ class PairLoading:
         self, template: ChatTemplate, bar: bool, source: Source, split: str | None, defaults: tuple[str, ...]
     ) -> tuple[PairDataset, list[str], Any]:
         """The pairs of one source, a report, and the rows."""
+        where = (source.source, split, defaults, source.subset, source.revision)
         with library_bars(bar, "datasets"):
-            rows, place = load_rows(source.source, split, defaults, source.subset, source.revision)
+            if self.buffer_size is None:
+                rows, place = load_rows(*where)
+            else:  # of a data set on the hub, load_rows would fetch every split
+                rows, place = stream_rows(*where)
+                rows = read_files(rows, place) if isinstance(rows, list) else rows
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
         reader = replace(self.reader, **source.of_rows)
         pairs, report = prepare_pairs(rows, place, template, self.truncation, reader, self.filters, **options)
         pairs.parts = (Part(place, source.name, source.weight),)
         return pairs, report, rows
+
+    def _stream(self, template: ChatTemplate, held_out: PairDataset | None) -> PairStream:
+        """The training pairs, without those whose prompt is held out."""
+        encode, found = Encoder(template.tokenizer), []
+        for source in self.sources:
+            rows, place = stream_rows(source.source, source.split, TRAIN_SPLITS, source.subset, source.revision)
+            reader = replace(self.reader, **source.of_rows)
+            options = (template, encode, self.truncation, reader, self.filters, self.on_bad_row)
+            found.append(StreamSource(place, rows, Preparation(place, *options), source.weight))
+        drops = held_out is not None and self.filters.leaks == "drop"
+        assert self.buffer_size is not None
+        return PairStream(found, self.buffer_size, held_out.digests("prompt_key") if held_out and drops else None)
 
     def _joined(
         self, found: list[tuple[PairDataset, list[str], Any]], rows: list[Any], bar: bool

@@ -109,7 +109,7 @@ def prepare_pairs(
     encode = Encoder(template.tokenizer, keep_words=len(rows) >= MANY_ROWS)
     with library_bars(progress_bar, "datasets"):
         columns = rows.map(
-            _Preparation(source, template, encode, truncation, reader, filters, on_bad_row),
+            Preparation(source, template, encode, truncation, reader, filters, on_bad_row),
             with_indices=True,
             batched=True,
             remove_columns=rows.column_names,
@@ -245,7 +245,7 @@ def counts(texts: Any) -> dict[str, tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Preparation:
+class Preparation:
     """How rows become pairs. For the fields see ``prepare_pairs``."""
 
     source: str

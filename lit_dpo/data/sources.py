@@ -2,6 +2,9 @@
 
 import glob
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 # A datasets.Dataset. Importing the library takes over a second, so it is imported only where rows are read.
 Rows: TypeAlias = Any
+STREAMED = ("json", "parquet", "arrow")  # kinds of files that can be read row by row
 TRAIN_SPLITS = ("train_prefs", "train")
 EVAL_SPLITS = ("test_prefs", "validation", "test")
 
@@ -47,12 +51,48 @@ def load_rows(
         ConnectionError: If the hub cannot be reached.
         TypeError: If the source is neither a string nor a ``datasets.Dataset``.
     """
-    available: Any = _open(source, subset, revision) if isinstance(source, str) else {"train": _checked(source)}
+    rows, place = _chosen(source, split, defaults, partial(_from_hub, subset=subset, revision=revision))
+    return (read_files(rows, describe(source)) if isinstance(rows, list) else rows), place
+
+
+def stream_rows(
+    source: str | Rows,
+    split: str | None,
+    defaults: tuple[str, ...],
+    subset: str | None = None,
+    revision: str | None = None,
+) -> tuple[Any, str]:
+    """Finds the rows of one split without reading them: names of files of one kind, or a data set.
+
+    For the arguments, and what else is raised, see ``load_rows``.
+
+    Raises:
+        ValueError: If the files are of a kind that cannot be read row by row.
+    """
+    rows, place = _chosen(source, split, defaults, partial(_files_on_hub, subset=subset, revision=revision))
+    if isinstance(rows, list):
+        kinds = {builder_of(name) for name in rows}
+        if len(kinds) > 1 or not kinds <= set(STREAMED):
+            raise ValueError(
+                f"{place}: data.streaming reads JSON lines, Parquet and Arrow files, of one kind, but not "
+                f"{', '.join(sorted(str(kind) for kind in kinds))}."
+            )
+    return rows, place
+
+
+def _chosen(
+    source: str | Rows, split: str | None, defaults: tuple[str, ...], hub: Callable[[str], Any]
+) -> tuple[Any, str]:
+    """The data set, or the names of the files, of the chosen split, and a name for messages.
+
+    Raises:
+        SplitNotFoundError: If the source has no such split.
+    """
+    available: Any = _open(source, hub) if isinstance(source, str) else {"train": _checked(source)}
     for name in (split,) if split is not None else defaults:
         if name in available:
-            rows = available[name]
             place = describe(source) if len(available) == 1 else f"{describe(source)} [{name}]"
-            return (read_files(rows, describe(source)) if isinstance(rows, list) else rows), place
+            return available[name], place
     wanted = f"split {split!r}" if split is not None else f"any of the splits {', '.join(defaults)}"
     raise SplitNotFoundError(f"{describe(source)} does not have {wanted}, only {', '.join(available)}.")
 
@@ -78,7 +118,7 @@ def _checked(source: Rows) -> "Dataset":
     return source
 
 
-def _open(source: str, subset: str | None, revision: str | None) -> Any:
+def _open(source: str, hub: Callable[[str], Any]) -> Any:
     """The splits of a source: a DatasetDict, or a dict from split names to data sets or to lists of files."""
     from datasets import DatasetDict, load_from_disk
 
@@ -112,7 +152,7 @@ def _open(source: str, subset: str | None, revision: str | None) -> Any:
         return {"train": found}
     if builder_of(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"data source {source}: there is no such file or folder.")
-    return _from_hub(source, subset, revision)
+    return hub(source)
 
 
 def _remote_files(source: str) -> list[str]:
@@ -141,10 +181,27 @@ def _remote_files(source: str) -> list[str]:
 def _from_hub(source: str, subset: str | None, revision: str | None) -> Any:
     """A data set of the hub."""
     from datasets import load_dataset
+
+    with _hub_errors(source):
+        return load_dataset(source, name=subset, revision=revision)
+
+
+def _files_on_hub(source: str, subset: str | None, revision: str | None) -> dict[str, list[str]]:
+    """The addresses of the files of a data set of the hub, by split."""
+    from datasets import load_dataset_builder
+
+    with _hub_errors(source):
+        files = load_dataset_builder(source, name=subset, revision=revision).config.data_files or {}
+    return {str(split): [str(name) for name in names] for split, names in files.items()}
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    """Turns errors of the hub's libraries into ones that name the source and the remedy."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load_dataset(source, name=subset, revision=revision)
+        yield
     except DatasetNotFoundError as error:
         what = " ".join(str(error).split())
         remedy = " Accept its terms on the hub, and log in with `hf auth login`." if "gated" in what else ""

@@ -1,7 +1,7 @@
 """The setting ``model.reference`` ──► a ``Reference``."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ def open_reference(
     objective: Objective,
     dtype: torch.dtype,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
+    data: Any = None,
 ) -> Reference:
     """Builds the chosen reference.
 
@@ -45,6 +46,7 @@ def open_reference(
         objective: The objective; ``auto`` builds no reference if it uses none.
         dtype: Type of the matrix products.
         tokenizer: Function that returns the policy's tokenizer, to compare vocabularies.
+        data: The data module, if there is one. ``auto`` is ``live`` for a stream, whose pairs come once.
     """
     if choice == "none" or (choice == "auto" and not objective.uses_reference):
         return NoReference()
@@ -55,4 +57,5 @@ def open_reference(
         other = choice.open(tokenizer(), dtype, policy.model.device)
         return CachedReference.in_cache(other, dtype) if choice.cached else other
     initial = InitialPolicy(policy)
-    return initial if choice == "live" else CachedReference.in_cache(initial, dtype)
+    is_live = choice == "live" or (choice == "auto" and getattr(data, "streaming", False))
+    return initial if is_live else CachedReference.in_cache(initial, dtype)

@@ -1,0 +1,243 @@
+"""Sources that exceed the disk ──► batches without end. Rows are shuffled in a buffer and tokenized on the way."""
+
+import collections
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.file_kinds import builder_of, open_text
+from lit_dpo.data.filters import LEAKED
+from lit_dpo.data.preparation import Preparation
+from lit_dpo.data.tokenization import TokenizedPair
+
+ROWS_AT_ONCE = 1024  # of a columnar file
+
+
+class StreamSource(NamedTuple):
+    """A source to stream."""
+
+    place: str  # its name, for messages
+    rows: Any  # names of files of one kind, or a datasets.Dataset
+    prepare: Preparation
+    weight: float = 1.0  # how many of its rows come for one of a source of weight 1
+
+
+class Progress(NamedTuple):
+    """How far one shard of a stream is."""
+
+    worker: int  # of the rank
+    passes: int  # over all sources that are complete
+    rows: int  # taken from the buffer since the pass began
+    left_out: tuple[tuple[str, int], ...]  # rows of this run, by source and reason
+
+
+@dataclass(frozen=True)
+class StreamBatch(PairBatch):
+    """A batch of a stream, with how far its shard is after it."""
+
+    progress: Progress = field(default=Progress(0, 0, 0, ()))
+
+
+class PairStream(IterableDataset[PairBatch]):
+    """Batches without end. Their order depends only on what ``plan`` is given and on the size of the buffer.
+
+    Each worker of each rank is a shard. A shard takes every n-th row of each source, so no row is trained on twice in a
+    pass. When all sources end, the next pass begins, in another order. Resuming reads the rows before the position
+    again, but tokenizes none of them.
+
+    Args:
+        sources: The sources. Their rows are mixed by weight.
+        buffer_size: Number of rows of each shard among which the next one is drawn; 1 keeps the order.
+        held_out: Digests of prompts that are held out, (N,); pairs with such a prompt are left out.
+
+    Raises:
+        ValueError: While iterating: if a row cannot be read, or if a whole pass has no usable pair.
+    """
+
+    def __init__(self, sources: Sequence[StreamSource], buffer_size: int, held_out: np.ndarray | None = None) -> None:
+        self.sources, self.buffer_size = list(sources), buffer_size
+        self.held_out = np.array([], "S16") if held_out is None else held_out
+        self.needs_scores: str | None = None  # name of the objective that does
+        self.plan(batch_size=1, seed=0)
+
+    @property
+    def source(self) -> str:
+        """Names of the sources, for messages."""
+        return ", ".join(source.place for source in self.sources)
+
+    def plan(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_replicas: int = 1,
+        resume_at: Mapping[int, tuple[int, int]] | None = None,
+        first_worker: int = 0,
+    ) -> None:
+        """Sets which batches come, and in which order.
+
+        Args:
+            batch_size: Number of pairs in a batch.
+            seed: Seed of the order.
+            rank: Index of this rank.
+            num_replicas: Number of ranks.
+            resume_at: For each worker, passes that are done, and rows of the next pass.
+            first_worker: Worker whose batch comes first.
+        """
+        self.batch_size, self.seed, self.rank, self.num_replicas = batch_size, seed, rank, num_replicas
+        self.resume_at, self.first_worker = dict(resume_at or {}), first_worker
+
+    def require_scores(self, reader: str) -> None:
+        """Makes a row without scores stop the stream.
+
+        Args:
+            reader: Name of the objective that uses the scores, for the message.
+        """
+        self.needs_scores = reader
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        own = (worker + self.first_worker) % workers
+        shard, shards = self.rank * workers + own, self.num_replicas * workers
+        passes, done = self.resume_at.get(own, (0, 0))
+        left_out: collections.Counter[str] = collections.Counter()
+        pairs: list[TokenizedPair] = []
+        while True:
+            found, taken = 0, 0
+            for taken, (source, number, load) in enumerate(self._shuffled(passes, shard, shards), 1):
+                if taken <= done:
+                    found = 1  # a pass that was begun had its pairs
+                    continue
+                pair = self._pair(source, number, load(), left_out)
+                if pair is None:
+                    continue
+                found += 1
+                pairs.append(pair)
+                if len(pairs) == self.batch_size:
+                    batch = PairBatch.from_pairs(pairs)
+                    state = Progress(own, passes, taken, tuple(sorted(left_out.items())))
+                    yield StreamBatch(**vars(batch), progress=state)
+                    pairs = []
+            if not found:
+                raise ValueError("\n".join(["The stream has no usable pair.", *report(left_out)]))
+            passes, done = passes + 1, 0
+
+    def _pair(
+        self, source: StreamSource, number: int, row: dict[str, Any], left_out: "collections.Counter[str]"
+    ) -> TokenizedPair | None:
+        """The pair of a row; None if it is left out."""
+        columns = source.prepare.row(row, number)
+        reason = columns["reason"]
+        if not reason and np.isin(np.array([columns["prompt_key"]], "S16"), self.held_out)[0]:
+            reason = LEAKED
+        if reason:
+            left_out[f"{source.place}\t{reason}"] += 1
+            return None
+        scores = tuple(columns["scores"])
+        if self.needs_scores and (not scores or scores[0] < scores[-1]):
+            what = "has no scores" if not scores else "has scores that contradict its order"
+            raise ValueError(f"{source.place}, row {number}: the row {what}, but {self.needs_scores} needs them.")
+        parts = (columns["prompt"], columns["chosen"], columns["rejected"], source.place, number)
+        runs = tuple(map(tuple, columns["runs"]))
+        return TokenizedPair(
+            *parts, tuple(columns["between"]), scores, runs, self.sources.index(source), columns["key"]
+        )
+
+    def _shuffled(self, passes: int, shard: int, shards: int) -> Iterator[tuple[StreamSource, int, Callable[[], Any]]]:
+        """The rows of a pass, each drawn from a buffer of those that follow."""
+        draw = random.Random(f"{self.seed} {passes} {shard}")  # noqa: S311  not for cryptography
+        buffer: list[tuple[StreamSource, int, Callable[[], Any]]] = []
+        for row in self._mixed(shard, shards):
+            if len(buffer) < self.buffer_size:
+                buffer.append(row)
+                continue
+            place = draw.randrange(len(buffer))
+            yield buffer[place]
+            buffer[place] = row
+        draw.shuffle(buffer)
+        yield from buffer
+
+    def _mixed(self, shard: int, shards: int) -> Iterator[tuple[StreamSource, int, Callable[[], Any]]]:
+        """The rows of all sources in turns, by weight, until all have ended."""
+        open_ = [(source, _rows(source.rows, source.place, shard, shards)) for source in self.sources]
+        credit = [0.0] * len(open_)
+        ended = [False] * len(open_)
+        while not all(ended):
+            for number, (source, _) in enumerate(open_):
+                credit[number] += 0 if ended[number] else source.weight
+            number = max(range(len(open_)), key=lambda one: (not ended[one], credit[one]))
+            credit[number] -= sum(source.weight for place, (source, _) in enumerate(open_) if not ended[place])
+            row = next(open_[number][1], None)
+            if row is None:
+                ended[number] = True
+                credit = [0.0] * len(open_)
+            else:
+                yield (open_[number][0], *row)
+
+
+def report(left_out: Mapping[str, int]) -> list[str]:
+    """Lines about rows that were left out.
+
+    Args:
+        left_out: Numbers of rows by source and reason, as in ``Progress``.
+    """
+    return [f"{key.replace(chr(9), ': left out rows: ')}: {count}" for key, count in sorted(left_out.items())]
+
+
+def _rows(rows: Any, place: str, shard: int, shards: int) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """The rows of one shard, each with its number and a function that gives it. Other rows are not parsed."""
+    if not isinstance(rows, list):
+        for number in range(shard, len(rows), shards):
+            yield number, partial(rows.__getitem__, number)
+        return
+    number = 0
+    for file in rows:
+        kind = builder_of(file)
+        if kind == "json":
+            with open_text(file) as text:
+                for line_number, line in enumerate(text, 1):
+                    if not line.strip():
+                        continue
+                    if number % shards == shard:
+                        yield number, partial(_parsed, f"{place}: {file}, line {line_number}", line)
+                    number += 1
+        else:
+            for table in _tables(file, kind):
+                own = range((shard - number) % shards, len(table), shards)
+                for at, row in zip(own, table.take(list(own)).to_pylist(), strict=True):
+                    yield number + at, partial(dict, row)
+                number += len(table)
+
+
+def _parsed(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}, is not JSON: {error.msg} at character {error.pos + 1}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}, is no object with the columns of a row.")
+    return row
+
+
+def _tables(file: str, kind: str | None) -> Iterator[Any]:
+    """The rows of a columnar file, ``ROWS_AT_ONCE`` at once."""
+    import fsspec
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    with fsspec.open(file, "rb").open() as opened:
+        if kind == "parquet":
+            for batch in pq.ParquetFile(opened).iter_batches(ROWS_AT_ONCE):
+                yield pa.Table.from_batches([batch])
+        else:
+            for batch in pa.ipc.open_stream(opened):
+                yield pa.Table.from_batches([batch])
