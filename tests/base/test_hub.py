@@ -103,13 +103,14 @@ def test_models_and_data_of_the_hub(endpoint: str, tmp_path_factory: pytest.Temp
         (DATA, ["--data.revision", "none"]),
         (SUBSETS, ["--data.subset", "reversed", *held_out]),
         (DATA, []),
+        (DATA, ["--data.streaming", "true"]),
     ]
     command = [sys.executable, "-c", ASK.format(cases=cases, arguments=arguments)]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in ran.stderr, ran.stderr
     errors = ran.stderr.splitlines()
     told = {line: before for before, line in itertools.pairwise(errors) if line.startswith("status")}
-    assert [line.split()[1] for line in told] == ["1", "1", "1", "1", "1", "0", "0"], ran.stderr
+    assert [line.split()[1] for line in told] == ["1", "1", "1", "1", "1", "0", "0", "0"], ran.stderr
     absent, gated, subsets, no_subset, no_revision, *_ = told.values()
     assert absent.startswith("error:")
     assert ABSENT in absent
@@ -121,6 +122,6 @@ def test_models_and_data_of_the_hub(endpoint: str, tmp_path_factory: pytest.Temp
         assert "reversed" in line
     assert "none" in no_revision
     adapters = list(folder.glob("runs/dpo/*/adapter"))
-    assert len(adapters) == 2
+    assert len(adapters) == 3
     for adapter in adapters:
         assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == MODEL
