@@ -103,6 +103,8 @@ class Reader:
         result = family.read(row, self.max_responses)
         if isinstance(result, PreferencePair):
             result = self._complete(row, result)
+        if isinstance(result, PreferencePair) and not _is_unicode(result):
+            raise RowError("a text holds half of a surrogate pair, which is no character")
         scores = result.scores if isinstance(result, PreferencePair) else chosen_rejected.scores_of(row)
         unread = {name: value for name, value in row.unread().items() if value not in ("", [], {})}
         if isinstance(result, PreferencePair) and (unsafe := sorted(_unsafe(unread, result))):
@@ -139,6 +141,16 @@ class Reader:
         if self.multi_turn == "drop" and any(len(response) > 1 for response in pair.responses):
             return "more than one answer turn"
         return replace(pair, prompt=prompt, tools=tools, template_kwargs=without_nulls(given))
+
+
+def _is_unicode(pair: PreferencePair) -> bool:
+    """Whether all texts can be encoded as UTF-8."""
+    turns = (*pair.prompt, *(turn for response in pair.responses for turn in response))
+    try:
+        "".join(str(turn["content"]) for turn in turns).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unsafe(unread: Mapping[str, Any], pair: PreferencePair) -> set[str]:
