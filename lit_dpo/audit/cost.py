@@ -75,21 +75,30 @@ def model_size(base: str, lora: LoraConfig, *, trust_remote_code: bool = False, 
     return ModelSize(linear, total - linear, trained, config.num_hidden_layers, config.hidden_size)
 
 
-def cost_of(size: ModelSize, num_tokens: np.ndarray, *, batch_size: int, quantized: bool, reference: bool) -> Cost:
+def cost_of(
+    size: ModelSize,
+    num_tokens: np.ndarray,
+    weights: np.ndarray | float = 1.0,
+    *,
+    batch_size: int,
+    quantized: bool,
+    reference: bool,
+) -> Cost:
     """Estimates the cost of training on some pairs.
 
     Args:
         size: The model.
-        num_tokens: Tokens of each training pair, prompt and responses together.
+        num_tokens: Tokens of each training pair, prompt and responses together, (P,).
+        weights: How often an epoch sees each pair, (P,).
         batch_size: Pairs in a batch.
         quantized: Whether the linear layers are in 4 bits.
         reference: Whether a reference is computed once.
     """
-    tokens = int(num_tokens.sum())
+    tokens = round(float((num_tokens * weights).sum()))
     forward = 2.0 * size.linear
     # A frozen weight costs a product in the forward pass, one for the gradient of its input, and one to recompute.
     operations = 3 * forward * tokens
-    reference_operations = forward * tokens if reference else 0.0
+    reference_operations = forward * int(num_tokens.sum()) if reference else 0.0
     longest = int(np.sort(num_tokens)[-batch_size:].sum())
     weights = size.linear * (NF4_BYTES if quantized else 2) + size.other * 2 + size.trained * ADAM_BYTES
     layer = longest * size.hidden * 2 * LAYER_VALUES

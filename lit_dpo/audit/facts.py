@@ -129,8 +129,8 @@ class TemplateFacts:
     without_bos: int  # pairs whose prompt has no BOS
     several_bos: int  # pairs whose prompt begins with two
     eos: str | None
-    without_eos: int  # responses that end without EOS, of those that were not cut
-    cut: int  # pairs with a response that was cut
+    without_eos: int  # whole responses that end without EOS
+    whole_responses: int
     prompt_end: str
     example: list[Part]
 
@@ -152,9 +152,16 @@ class _Columns:
         """Which rows became pairs, before what others are was looked at."""
         return np.asarray(self["reason"].to_numpy(zero_copy_only=False) == "")
 
+    def lengths(self, name: str) -> np.ndarray:
+        """The length of each list in a column, whose numbers are not read."""
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        lists = self._data.column(name).slice(self.start, self.end - self.start)
+        return np.asarray(pc.list_value_length(lists).to_numpy(), np.int64)
+
     def ends(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First, last and total of the numbers in each list of a column; 0 for an empty list."""
-        import pyarrow.compute as pc  # type: ignore[import-untyped]
+        import pyarrow.compute as pc
 
         lists = self[name]
         lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -181,13 +188,13 @@ def facts_of(loaded: Loaded) -> list[SourceFacts]:
             assert loaded.val is not None
             numbers.append(np.asarray(loaded.val.indices, np.int64))
         for part in range(len(pairs.parts)):
-            findings = loaded.findings if use != "held-out" else []
+            findings = loaded.held_out_findings if use == "held-out" else loaded.findings
             found.append(_facts(pairs, part, use, numbers, findings, next(given, None)))
     return found
 
 
 def _facts(
-    pairs: PairDataset, part: int, use: str, numbers: list[np.ndarray], findings: list[Finding], rows: Any
+    pairs: PairDataset, part: int, use: str, numbers: list[np.ndarray], findings: Sequence[Finding], rows: Any
 ) -> SourceFacts:
     columns = _Columns(pairs, part)
     source, name = pairs.parts[part].source, pairs.parts[part].name
@@ -210,13 +217,13 @@ def _facts(
             if finding.action == "drop":
                 left_out[finding.what] = LeftOut(len(own), int(own[0]), _example(rows, int(own[0])))
     best, worst, _ = columns.ends("scores")
-    scored = _lengths(columns["scores"]) > 0
+    scored = columns.lengths("scores") > 0
     prompt, _, whole = columns.ends("full_lengths")
-    responses = _lengths(columns["full_lengths"]) > 1
-    chosen, rejected = _lengths(columns["chosen"]), _lengths(columns["rejected"])
+    responses = columns.lengths("full_lengths") > 1
+    chosen, rejected = columns.lengths("chosen"), columns.lengths("rejected")
     full_chosen, full_rejected = _second_and_last(columns["full_lengths"])
     num_tokens = columns["num_tokens"].to_numpy()
-    cut_prompt = kept & (_lengths(columns["prompt"]) < prompt)
+    cut_prompt = kept & (columns.lengths("prompt") < prompt)
     _, repeats = np.unique(as_digests(columns["prompt_key"])[kept], return_counts=True)
     reasons = {reason: left.count for reason, left in left_out.items()}
     return SourceFacts(
@@ -244,7 +251,7 @@ def _facts(
         chosen_lengths=Distribution.of(full_chosen[responses]),
         rejected_lengths=Distribution.of(full_rejected[responses]),
         cut_prompts=int(cut_prompt.sum()),
-        cut_responses=int((kept & (num_tokens - _lengths(columns["prompt"]) < whole - prompt)).sum()),
+        cut_responses=int((kept & (num_tokens - columns.lengths("prompt") < whole - prompt)).sum()),
         tokens=int(num_tokens[kept].sum()),
         longest_pair=int(num_tokens[kept].max(initial=0)),
         found=set_findings,
@@ -255,7 +262,7 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
     """What the chat template wrote, over at most ``SAMPLE`` pairs, evenly spread."""
     chosen = np.unique(np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)).tolist()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    counted = {"without_bos": 0, "several_bos": 0, "without_eos": 0, "cut": 0}
+    counted = {"without_bos": 0, "several_bos": 0, "without_eos": 0, "whole_responses": 0}
     lengths: list[int] = []
     full = pairs.columns.data.column("full_lengths")
     for index in chosen:
@@ -263,7 +270,7 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
         lengths.append(pair.num_tokens)
         whole = full[int(pairs.indices[index])].as_py()
         was_cut = sum(map(len, pair.responses)) < sum(whole[1:])
-        counted["cut"] += was_cut
+        counted["whole_responses"] += 0 if was_cut else len(pair.responses)
         if bos is not None and bos != eos:
             counted["without_bos"] += bos not in pair.prompt
             counted["several_bos"] += pair.prompt[:2] == [bos, bos]
@@ -292,18 +299,11 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
     )
 
 
-def _lengths(lists: Any) -> np.ndarray:
-    """The length of each list of an Arrow array."""
-    import pyarrow.compute as pc
-
-    return np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
-
-
 def _second_and_last(lists: Any) -> tuple[np.ndarray, np.ndarray]:
     """The second and the last number of each list; 0 where there is none."""
     import pyarrow.compute as pc
 
-    lengths = _lengths(lists)
+    lengths = np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
     flat = np.append(pc.list_flatten(lists).to_numpy(zero_copy_only=False), 0)
     stops = lengths.cumsum()
     second = np.where(lengths > 1, flat[np.minimum(stops - lengths + 1, len(flat) - 1)], 0)

@@ -78,11 +78,11 @@ def audit_data(data: PreferenceDataModule, model: DPOModule | None = None, progr
     loading, first = data.loading, None
     if data.streaming:
         raise ValueError("audit reads all rows at once: leave data.streaming out, or audit a part of the source.")
+    # Without held-out pairs fit would stop. Here this gives a verdict, unless they were asked for.
+    asked = loading.val_sources is not None or loading.val_split is not None
     try:
-        loaded = loading.load(tokenizer, trains=True, evaluates=False, progress_bar=progress_bar)
+        loaded = loading.load(tokenizer, trains=True, evaluates=asked, progress_bar=progress_bar)
     except ValueError as error:
-        if loading.on_bad_row == "drop":
-            raise
         first = unreadable(" ".join(str(error).split()))
         loaded = replace(loading, on_bad_row="drop").load(
             tokenizer, trains=True, evaluates=False, progress_bar=progress_bar
@@ -99,7 +99,13 @@ def _cost(loaded: Loaded, data: PreferenceDataModule, model: DPOModule | None) -
         return None
     size = model_size(model.base, model.lora, **model.repository)
     num_tokens = np.array(loaded.train.num_tokens(range(len(loaded.train))))
+    weights = np.array([part.weight for part in loaded.train.parts])[loaded.train.part_numbers()]
     cached = model.reference_choice == "cached" or (model.reference_choice == "auto" and model.objective.uses_reference)
     return cost_of(
-        size, num_tokens, batch_size=data.batch_size, quantized=model.quantization is not None, reference=cached
+        size,
+        num_tokens,
+        weights,
+        batch_size=data.batch_size,
+        quantized=model.quantization is not None,
+        reference=cached,
     )

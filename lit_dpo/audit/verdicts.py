@@ -109,7 +109,7 @@ def _of_labels(source: SourceFacts, filters: Filters) -> Iterator[Verdict]:
                 f"{name}: {source.ties} of {source.scored} scored rows are ties, whose label is chance. Set "
                 "data.filters.ties=drop.",
             )
-        if source.against:
+        if source.against and not filters.min_margin:
             yield Verdict(
                 "warning",
                 "against_scores",
@@ -163,7 +163,7 @@ def _of_all(sources: list[SourceFacts]) -> Iterator[Verdict]:
 
 
 def _of_template(template: TemplateFacts) -> Iterator[Verdict]:
-    responses = 2 * (template.pairs - template.cut)
+    responses = template.whole_responses
     if template.eos is None:
         yield Verdict("error", "no_eos", "The tokenizer has no EOS token, so no response has an end to learn.")
     elif template.without_eos > responses / 2:

@@ -181,7 +181,8 @@ class DPOCLI(LightningCLI):
         """Logs to ``runs/<name>/version_N`` unless another logger was chosen."""
         config = self.config_init[self.subcommand]
         if self.subcommand in OWN:
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False)
+            nothing = {"logger": False, "enable_checkpointing": False, "min_epochs": None, "min_steps": None}
+            return super().instantiate_trainer(**nothing, num_sanity_val_steps=1)  # it fills in all held-out pairs
         if config.trainer.logger in (None, True):
             kwargs["logger"] = default_loggers(config.run_name)
         elif config.trainer.logger is False and config.trainer.default_root_dir is None:

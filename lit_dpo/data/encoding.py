@@ -4,7 +4,7 @@ import itertools
 import operator
 import random
 import re
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -67,9 +67,6 @@ class Encoder:
         vocabulary = [token if decoder is None else decoder.decode([token]) for token in self.tokenizer.get_vocab()]
         texts = _probes()
         expected = [self._whole(text) for text in texts]
-        for text, ids in list(zip(texts, expected, strict=True))[::50]:
-            if self.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-                return None  # the tokenizer does more than its backend
         for pattern in BOUNDARIES:
             boundary = re.compile(pattern)
             found = (list(itertools.chain(*map(self._word, boundary.split(text)))) for text in texts)
@@ -85,12 +82,15 @@ class Encoder:
 
     @cached_property
     def _backend(self) -> Any:
-        """The tokenizer in Rust, which takes a text without further ado; None if the tokenizer is one in Python."""
+        """The tokenizer in Rust, which takes a text without further ado; None if the tokenizer does more than it."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
+            for text in (*_probes()[::100], *map(str, self.tokenizer.all_special_tokens)):
+                if backend.encode(text, add_special_tokens=False).ids != self._ids(text):
+                    return None  # the tokenizer does more than its backend
         return backend
 
     def _word(self, word: str) -> list[int]:
@@ -103,10 +103,14 @@ class Encoder:
     def _whole(self, text: str) -> list[int]:
         """The ids of a text, from the tokenizer."""
         if self._backend is None:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+            return self._ids(text)
         return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
+
+@cache
 def _probes() -> list[str]:
     """Texts with all that a tokenizer may tell apart on both sides of a boundary."""
     spaces = [

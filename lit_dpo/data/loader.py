@@ -1,6 +1,8 @@
 """Pairs and a sampler ──► the DataLoader of batches."""
 
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +20,7 @@ def batch_loader(
     num_workers: int,
     seed: int,
     pin_memory: bool,
+    before_each: Callable[[], None] | None = None,
 ) -> DataLoader[PairBatch]:
     """The batches that a sampler chooses, or those of a stream.
 
@@ -27,19 +30,34 @@ def batch_loader(
         num_workers: Number of processes that load batches in advance; 0 loads them in this process.
         seed: Seed of the workers.
         pin_memory: Whether batches lie in page-locked memory, from which they are copied to a GPU.
+        before_each: Called before each iteration. Workers are then started anew for each.
     """
     # The sampler yields whole batches and the data set collates them: batch_size=None disables PyTorch's batching.
-    return DataLoader(
+    return _Loader(
+        before_each,
         pairs,
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=_ignore_interrupts if num_workers else None,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0 and before_each is None,
         # Each iterator draws a seed. Drawn from the global generator, it would change the dropout of a resumed run.
         generator=torch.Generator().manual_seed(seed),
         pin_memory=pin_memory,
     )
+
+
+class _Loader(DataLoader[PairBatch]):
+    """A DataLoader that calls a function before each iteration."""
+
+    def __init__(self, before_each: Callable[[], None] | None, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._before_each = before_each
+
+    def __iter__(self) -> Any:
+        if self._before_each is not None:
+            self._before_each()
+        return super().__iter__()
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -1,6 +1,6 @@
 """Names of sources and splits ──► tokenized pairs for training and held-out pairs, with a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.encoding import Encoder
-from lit_dpo.data.file_kinds import read_files
 from lit_dpo.data.filters import Filters
 from lit_dpo.data.formats import Reader
 from lit_dpo.data.mixture import Source
@@ -30,6 +29,7 @@ class Loaded(NamedTuple):
     report: list[str]  # lines of text
     findings: list[Finding]  # about the training pairs, beside others
     rows: list[Any]  # those of each source, first of the training pairs
+    held_out_findings: Sequence[Finding] = ()  # about the held-out pairs
     stream: PairStream | None = None  # the training pairs, if they are streamed
 
 
@@ -102,12 +102,13 @@ class PairLoading:
         if self.val_size is not None:
             assert train is not None
             train, val = train.split_off(self.val_size, self.seed)
-            return Loaded(train, val.mixed(), report, findings, rows)
+            train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)  # prompts that are nearly the same
+            return Loaded(train, val.mixed(), [*report, *map(str, leaks)], findings + leaks, rows)
         held_out, absent = [], []
         for source in self.val_sources or self.sources:
             # A separate val_source may be a single file, with only the split "train": then all of it is held out.
             names = EVAL_SPLITS if self.val_sources is None else (*EVAL_SPLITS, "train")
-            split = self.val_split or (source.split if self.val_sources else None)
+            split = (source.split if self.val_sources else None) or self.val_split
             try:
                 held_out.append(prepare(source, split, names))
             except SplitNotFoundError as error:
@@ -120,17 +121,18 @@ class PairLoading:
         if not held_out:
             report.append(f"{absent[0]} None are needed, because trainer.limit_val_batches=0.")
             stream = self._stream(template, None) if trains and self.buffer_size is not None else None
-            return Loaded(train, None, report, findings, rows, stream)
-        val, more, _ = self._joined(held_out, rows, progress_bar)
+            return Loaded(train, None, report, findings, rows, stream=stream)
+        val, more, of_held_out = self._joined(held_out, rows, progress_bar)
         report += absent + more
         if trains and self.buffer_size is not None:
             stream = self._stream(template, val)
-            return Loaded(None, val.mixed(), [f"{stream.source}: streamed", *report], findings, rows, stream)
+            report = [f"{stream.source}: streamed", *report]
+            return Loaded(None, val.mixed(), report, findings, rows, of_held_out, stream)
         if train is not None:
             train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)
             report += map(str, leaks)
             findings += leaks
-        return Loaded(train, val.mixed(), report, findings, rows)
+        return Loaded(train, val.mixed(), report, findings, rows, of_held_out)
 
     def _pairs(
         self, template: ChatTemplate, bar: bool, source: Source, split: str | None, defaults: tuple[str, ...]
@@ -138,11 +140,8 @@ class PairLoading:
         """The pairs of one source, a report, and the rows."""
         where = (source.source, split, defaults, source.subset, source.revision)
         with library_bars(bar, "datasets"):
-            if self.buffer_size is None:
-                rows, place = load_rows(*where)
-            else:  # of a data set on the hub, load_rows would fetch every split
-                rows, place = stream_rows(*where)
-                rows = read_files(rows, place) if isinstance(rows, list) else rows
+            rows, place = load_rows(*where, one_split=self.buffer_size is not None)
+        place = source.place or place
         options: dict[str, Any] = {"on_bad_row": self.on_bad_row, "num_proc": self.num_proc, "progress_bar": bar}
         reader = replace(self.reader, **source.of_rows)
         pairs, report = prepare_pairs(rows, place, template, self.truncation, reader, self.filters, **options)
@@ -154,6 +153,7 @@ class PairLoading:
         encode, found = Encoder(template.tokenizer), []
         for source in self.sources:
             rows, place = stream_rows(source.source, source.split, TRAIN_SPLITS, source.subset, source.revision)
+            place = source.place or place
             reader = replace(self.reader, **source.of_rows)
             options = (template, encode, self.truncation, reader, self.filters, self.on_bad_row)
             found.append(StreamSource(place, rows, Preparation(place, *options), source.weight))

@@ -1,5 +1,6 @@
 """``data.source`` and ``data.val_source`` ──► a list of sources, each with a name of its own."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -40,6 +41,13 @@ class Source:
     system: str | None = None
 
     @property
+    def place(self) -> str | None:
+        """Name for messages where that of the source alone could mean two; None where it could not."""
+        if not isinstance(self.source, str):
+            return self.name or None
+        return f"{self.source} ({self.subset})" if self.subset else None
+
+    @property
     def of_rows(self) -> dict[str, Any]:
         """Options of the reader that this source sets."""
         return {name: getattr(self, name) for name in OF_ROWS if getattr(self, name) is not None}
@@ -70,10 +78,14 @@ def sources_of(given: Any, option: str, **defaults: str | None) -> list[Source]:
         if settings.get("source") is None:
             raise ValueError(f"{place} has no 'source'.")
         source = Source(**settings)
-        if not (isinstance(source.weight, int | float) and source.weight > 0):
+        if not (isinstance(source.weight, int | float) and 0 < source.weight < math.inf):
             raise ValueError(f"{place}: weight must be positive, not {source.weight}.")
-        if "/" in source.name:
-            raise ValueError(f"{place}: the name {source.name!r} must not contain '/', which parts names of metrics.")
+        if option == "val_source" and source.weight != 1:
+            raise ValueError(f"{place} has a weight, but each held-out pair is measured once. Leave it out.")
+        if not isinstance(source.name, str) or "/" in source.name:
+            raise ValueError(
+                f"{place}: the name {source.name!r} must be a text without '/', which parts names of metrics."
+            )
         found.append(replace(source, name=source.name or _name(source.source), ignore=_tuple(source.ignore)))
     names = [source.name for source in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -97,4 +109,4 @@ def _name(source: str | Rows) -> str:
 
 
 def _tuple(value: Any) -> tuple[str, ...] | None:
-    return None if value is None else tuple(value)
+    return (value,) if isinstance(value, str) else None if value is None else tuple(value)

@@ -97,8 +97,9 @@ class _Seen:
 def _runs_of(pairs: PairDataset, *names: str) -> Iterator[list[np.ndarray]]:
     """Hashes of the runs of tokens in some columns of each pair."""
     indices = np.asarray(pairs.indices, np.int64)
+    columns = pairs.columns.select_columns(list(names)).with_format("arrow")  # reads only the rows that are asked for
     for start in range(0, len(indices), CHUNK):
-        table = pairs.columns.data.table.select(list(names)).take(indices[start : start + CHUNK])
+        table = columns[indices[start : start + CHUNK].tolist()]
         for row in zip(*(column.combine_chunks() for column in table.columns), strict=True):
             yield [_hashes(np.asarray(ids.values)) for ids in row]
 

@@ -323,6 +323,10 @@ def _processes(rows: int) -> int | None:
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of everything that the tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # as it will be used
+        backend.no_truncation()
+        backend.no_padding()
     model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [type(tokenizer).__name__, model, json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)]
+    parts.append(str(getattr(tokenizer, "split_special_tokens", False)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

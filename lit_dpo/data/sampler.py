@@ -28,7 +28,7 @@ class PairSampler(DistributedSampler[list[int]]):
         seed: Seed of the permutations.
 
     Raises:
-        ValueError: If there are fewer pairs than one global batch.
+        ValueError: If there are fewer pairs than one global batch, or if a weight leaves none of a source's pairs.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class PairSampler(DistributedSampler[list[int]]):
         self.num_pairs = sum(round(weight * len(pairs)) for pairs, weight in self.parts)  # in an epoch
         self.batch_size = batch_size
         self.resume_at = (-1, 0)  # an epoch, and the number of its batches already done
+        for pairs, weight in self.parts:
+            if round(weight * len(pairs)) == 0:
+                raise ValueError(f"A source of {len(pairs)} pairs with weight {weight:g} gives none to an epoch.")
         if len(self) == 0:
             raise ValueError(
                 f"{self.num_pairs} training pairs do not fill one batch of data.batch_size={batch_size} on "

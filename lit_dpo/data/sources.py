@@ -31,6 +31,7 @@ def load_rows(
     defaults: tuple[str, ...],
     subset: str | None = None,
     revision: str | None = None,
+    one_split: bool = False,
 ) -> tuple["Dataset", str]:
     """Loads the rows of one split. Also returns a name of the source and split, for messages.
 
@@ -43,6 +44,7 @@ def load_rows(
         defaults: Names of splits to try, in order, when ``split`` is None.
         subset: Name of a subset (configuration) of a data set on the hub.
         revision: Revision of a data set on the hub.
+        one_split: Whether to fetch only this split of a data set on the hub.
 
     Raises:
         FileNotFoundError: If the path does not exist or holds no readable file.
@@ -51,7 +53,8 @@ def load_rows(
         ConnectionError: If the hub cannot be reached.
         TypeError: If the source is neither a string nor a ``datasets.Dataset``.
     """
-    rows, place = _chosen(source, split, defaults, partial(_from_hub, subset=subset, revision=revision))
+    hub = _files_on_hub if one_split else _from_hub
+    rows, place = _chosen(source, split, defaults, partial(hub, subset=subset, revision=revision))
     return (read_files(rows, describe(source)) if isinstance(rows, list) else rows), place
 
 

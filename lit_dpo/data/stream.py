@@ -2,7 +2,9 @@
 
 import collections
 import json
+import lzma
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +19,7 @@ from lit_dpo.data.filters import LEAKED
 from lit_dpo.data.preparation import Preparation
 from lit_dpo.data.tokenization import TokenizedPair
 
+ARROW_FILE = b"ARROW1"  # how an Arrow file begins that is not a stream
 ROWS_AT_ONCE = 1024  # of a columnar file
 
 
@@ -35,7 +38,7 @@ class Progress(NamedTuple):
     worker: int  # of the rank
     passes: int  # over all sources that are complete
     rows: int  # taken from the buffer since the pass began
-    left_out: tuple[tuple[str, int], ...]  # rows of this run, by source and reason
+    left_out: tuple[tuple[str, int], ...]  # rows since the stream was opened, by source and reason
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class PairStream(IterableDataset[PairBatch]):
 
     def __init__(self, sources: Sequence[StreamSource], buffer_size: int, held_out: np.ndarray | None = None) -> None:
         self.sources, self.buffer_size = list(sources), buffer_size
-        self.held_out = np.array([], "S16") if held_out is None else held_out
+        # NumPy's texts of bytes end before trailing zeros
+        self.held_out = frozenset(() if held_out is None else held_out.tolist())
         self.needs_scores: str | None = None  # name of the objective that does
         self.plan(batch_size=1, seed=0)
 
@@ -137,7 +141,7 @@ class PairStream(IterableDataset[PairBatch]):
         """The pair of a row; None if it is left out."""
         columns = source.prepare.row(row, number)
         reason = columns["reason"]
-        if not reason and np.isin(np.array([columns["prompt_key"]], "S16"), self.held_out)[0]:
+        if not reason and columns["prompt_key"].rstrip(b"\0") in self.held_out:
             reason = LEAKED
         if reason:
             left_out[f"{source.place}\t{reason}"] += 1
@@ -168,20 +172,19 @@ class PairStream(IterableDataset[PairBatch]):
 
     def _mixed(self, shard: int, shards: int) -> Iterator[tuple[StreamSource, int, Callable[[], Any]]]:
         """The rows of all sources in turns, by weight, until all have ended."""
-        open_ = [(source, _rows(source.rows, source.place, shard, shards)) for source in self.sources]
-        credit = [0.0] * len(open_)
-        ended = [False] * len(open_)
-        while not all(ended):
-            for number, (source, _) in enumerate(open_):
-                credit[number] += 0 if ended[number] else source.weight
-            number = max(range(len(open_)), key=lambda one: (not ended[one], credit[one]))
-            credit[number] -= sum(source.weight for place, (source, _) in enumerate(open_) if not ended[place])
-            row = next(open_[number][1], None)
+        left = {number: _rows(one.rows, one.place, shard, shards) for number, one in enumerate(self.sources)}
+        due = dict.fromkeys(left, 0.0)  # rows that each source is behind its share
+        while left:
+            total = sum(self.sources[number].weight for number in left)
+            for number in left:
+                due[number] += self.sources[number].weight / total
+            number = max(left, key=due.__getitem__)
+            row = next(left[number], None)
             if row is None:
-                ended[number] = True
-                credit = [0.0] * len(open_)
+                del left[number]
             else:
-                yield (open_[number][0], *row)
+                due[number] -= 1
+                yield (self.sources[number], *row)
 
 
 def report(left_out: Mapping[str, int]) -> list[str]:
@@ -201,24 +204,30 @@ def _rows(rows: Any, place: str, shard: int, shards: int) -> Iterator[tuple[int,
         return
     number = 0
     for file in rows:
-        kind = builder_of(file)
-        if kind == "json":
-            with open_text(file) as text:
-                for line_number, line in enumerate(text, 1):
-                    if not line.strip():
-                        continue
-                    if number % shards == shard:
-                        yield number, partial(_parsed, f"{place}: {file}, line {line_number}", line)
-                    number += 1
-        else:
+        try:
+            kind = builder_of(file)
+            if kind == "json":
+                with open_text(file) as text:
+                    for line_number, line in enumerate(text, 1):
+                        if not line.strip():
+                            continue
+                        if line_number == 1 and line.startswith("["):
+                            raise ValueError("it is one list, and a stream takes a row in each line")
+                        if number % shards == shard:
+                            yield number, partial(_parsed, f"{place}: {file}, line {line_number}", line)
+                        number += 1
+                continue
             for table in _tables(file, kind):
-                own = range((shard - number) % shards, len(table), shards)
-                for at, row in zip(own, table.take(list(own)).to_pylist(), strict=True):
-                    yield number + at, partial(dict, row)
+                own = list(range((shard - number) % shards, len(table), shards))
+                for at in own:
+                    yield number + at, partial(_row_of, table, at)
                 number += len(table)
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{place}: {file} cannot be read: {str(error).splitlines()[0]:.200}") from error
 
 
 def _parsed(place: str, line: str) -> dict[str, Any]:
+    """The row in a line of a file of JSON lines."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -228,16 +237,24 @@ def _parsed(place: str, line: str) -> dict[str, Any]:
     return row
 
 
+def _row_of(table: Any, at: int) -> dict[str, Any]:
+    row: dict[str, Any] = table.slice(at, 1).to_pylist()[0]
+    return row
+
+
 def _tables(file: str, kind: str | None) -> Iterator[Any]:
-    """The rows of a columnar file, ``ROWS_AT_ONCE`` at once."""
+    """The rows of a columnar file, some at once."""
     import fsspec
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     with fsspec.open(file, "rb").open() as opened:
         if kind == "parquet":
-            for batch in pq.ParquetFile(opened).iter_batches(ROWS_AT_ONCE):
-                yield pa.Table.from_batches([batch])
+            batches = pq.ParquetFile(opened).iter_batches(ROWS_AT_ONCE)
         else:
-            for batch in pa.ipc.open_stream(opened):
-                yield pa.Table.from_batches([batch])
+            is_file = opened.read(len(ARROW_FILE)) == ARROW_FILE
+            opened.seek(0)
+            reader = pa.ipc.open_file(opened) if is_file else pa.ipc.open_stream(opened)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            yield pa.Table.from_batches([batch])

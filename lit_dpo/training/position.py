@@ -3,6 +3,8 @@
 A position has ``order``, all that the order of the pairs depends on, by name. A run resumes only in the same order.
 """
 
+import collections
+import hashlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -16,8 +18,9 @@ from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.stream import PairStream, Progress, StreamBatch, report
 from lit_dpo.training.ranks import gather_objects
 
+Order: TypeAlias = Mapping[str, int | bool | str]
 State: TypeAlias = Mapping[str, Any]  # what a checkpoint keeps
-STATE = ("epoch", "batches", "workers", "next_worker")  # keys of a checkpoint's state that are not of the order
+STATE = ("epoch", "batches", "workers", "next_worker")  # its keys that are not of the order
 
 
 class EpochPosition:
@@ -35,18 +38,19 @@ class EpochPosition:
         self.pairs, self.batch_size, self.seed, self.shuffle, self.ranks = pairs, batch_size, seed, shuffle, ranks
 
     @property
-    def order(self) -> dict[str, int | bool]:
+    def order(self) -> Order:
         """All that the order depends on."""
+        keys = self.pairs.digests("key").tobytes()
         return {
             "number of pairs": len(self.pairs),
+            "digest of the pairs": hashlib.blake2b(keys, digest_size=8).hexdigest(),
+            "weights of the sources": ", ".join(f"{part.weight:g}" for part in self.pairs.parts),
             "pairs in a batch over all processes": self.batch_size * self.ranks["num_replicas"],
             "data.seed": self.seed,
             "data.shuffle": self.shuffle,
         }
 
-    def loader(
-        self, trainer: Trainer | None, stored: Mapping[str, Any] | None, **options: Any
-    ) -> DataLoader[PairBatch]:
+    def loader(self, trainer: Trainer | None, stored: State | None, **options: Any) -> DataLoader[PairBatch]:
         """The batches of each epoch, after a stored position."""
         sampler = PairSampler(
             self.pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self.ranks
@@ -84,14 +88,15 @@ class StreamPosition:
     def __init__(self, pairs: PairStream, batch_size: int, seed: int, ranks: dict[str, int], num_workers: int) -> None:
         self.pairs, self.batch_size, self.seed, self.ranks = pairs, batch_size, seed, ranks
         self.num_workers = num_workers
-        self._last: dict[int, Progress] = {}
+        self._last: dict[int, Progress] = {}  # of each worker
         self._next_worker = 0
+        self._left_out: collections.Counter[str] = collections.Counter()  # before the stream was opened anew
 
     @property
-    def order(self) -> dict[str, int | bool]:
+    def order(self) -> Order:
         """All that the order depends on."""
         return {
-            "number of sources": len(self.pairs.sources),
+            "sources and weights": ", ".join(f"{one.place} ({one.weight:g})" for one in self.pairs.sources),
             "pairs in a batch of a process": self.batch_size,
             "number of processes": self.ranks["num_replicas"],
             "data.num_workers": max(self.num_workers, 1),
@@ -99,27 +104,36 @@ class StreamPosition:
             "data.seed": self.seed,
         }
 
-    def loader(
-        self, trainer: Trainer | None, stored: Mapping[str, Any] | None, **options: Any
-    ) -> DataLoader[PairBatch]:
-        """The batches after a stored position.
+    def loader(self, trainer: Trainer | None, stored: State | None, **options: Any) -> DataLoader[PairBatch]:
+        """The batches after a stored position. Each epoch goes on where the one before it ended.
 
         Raises:
             ValueError: If nothing ends the training.
         """
         if trainer is not None and trainer.max_steps < 0 and not isinstance(trainer.limit_train_batches, int):
             raise ValueError("data.streaming has no end: set trainer.max_steps or trainer.limit_train_batches.")
-        own = {} if stored is None else stored["workers"][self.ranks["rank"]]
-        self._next_worker = 0 if stored is None else stored["next_worker"]
-        self._last = {worker: Progress(worker, passes, rows, ()) for worker, (passes, rows) in own.items()}
+        if stored is not None and not self._last:
+            own = stored["workers"][self.ranks["rank"]]
+            self._last = {worker: Progress(worker, passes, rows, ()) for worker, (passes, rows) in own.items()}
+            self._next_worker = stored["next_worker"]
+        return batch_loader(self.pairs, None, seed=self.seed, before_each=self._plan, **options)
+
+    def _plan(self) -> None:
+        """Lets the stream go on after the last batch that was trained on. Batches read ahead are read again."""
+        self._collect()
         self.pairs.plan(
             batch_size=self.batch_size,
             seed=self.seed,
-            resume_at=own,
+            resume_at={worker: (progress.passes, progress.rows) for worker, progress in self._last.items()},
             first_worker=self._next_worker,
             **self.ranks,
         )
-        return batch_loader(self.pairs, None, seed=self.seed, **options)
+
+    def _collect(self) -> None:
+        """Moves the counts of the workers to those of the run."""
+        for worker, progress in self._last.items():
+            self._left_out.update(dict(progress.left_out))
+            self._last[worker] = progress._replace(left_out=())
 
     def note(self, batch: Any) -> None:
         """Notes a batch that is about to be trained on."""
@@ -133,28 +147,27 @@ class StreamPosition:
         return {"workers": gather_objects(trainer, own), "next_worker": self._next_worker}
 
     def report(self) -> list[str]:
-        """Lines about the rows of this rank that were left out."""
-        left_out: dict[str, int] = {}
-        for progress in self._last.values():
-            for key, count in progress.left_out:
-                left_out[key] = left_out.get(key, 0) + count
-        return report(left_out)
+        """Lines about the rows that this rank has left out in this run. They are told once."""
+        self._collect()
+        found = report(self._left_out)
+        self._left_out.clear()
+        others = self.ranks["num_replicas"] - 1
+        where = f" (on this process; {others} more read other rows)" if others else ""
+        return [line + where for line in found]
 
 
 Position = EpochPosition | StreamPosition
 
 
-def check_order(stored: State | None, order: Mapping[str, int | bool]) -> None:
+def check_order(stored: State | None, order: Order) -> None:
     """Checks that a checkpoint's position fits the order of this run.
 
     Raises:
         ValueError: If something that the order depends on differs.
     """
-    before = {} if stored is None else {name: value for name, value in stored.items() if name not in STATE}
+    before = {name: value for name, value in (stored or {}).items() if name not in STATE}
     differing = [
-        f"{name} was {before.get(name)} and is now {order.get(name)}"
-        for name in {**before, **order}
-        if stored is not None and before.get(name) != order.get(name)
+        f"{name} was {value} and is now {order.get(name)}" for name, value in before.items() if order.get(name) != value
     ]
     if differing:
         raise ValueError(

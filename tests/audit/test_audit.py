@@ -31,7 +31,9 @@ def row(number: int = 0, chosen: str = "a mat", rejected: str = "a roof", **colu
 
 
 def audited(rows: list[dict[str, Any]], tokenizer: Any = None, **options: Any) -> Audit:
-    held_out = {} if "val_size" in options else {"val_source": Dataset.from_list(made_up_rows(3))}
+    held_out = (
+        {} if "val_size" in options or "val_split" in options else {"val_source": Dataset.from_list(made_up_rows(3))}
+    )
     given = {**held_out, "tokenizer": tokenizer or tiny_tokenizer(), **options}
     return audit_data(PreferenceDataModule(Dataset.from_list(rows), **given), progress_bar=False)
 
@@ -128,6 +130,18 @@ def test_a_row_that_would_stop_training_is_an_error() -> None:
     assert "row 2: 'image' could change what is trained" in audit.verdicts[0].message
     assert audit.sources[0].kept == 2
     assert audit.failed
+
+
+def test_a_split_that_is_not_there_is_an_error() -> None:
+    audit = audited([row(n) for n in range(5)], val_source=None, val_split="tset")
+    assert audit.verdicts[0].code == "unreadable"
+    assert "tset" in audit.verdicts[0].message
+
+
+def test_held_out_rows_that_are_left_out_are_counted() -> None:
+    held_out = Dataset.from_list([row(1), row(1), row(2)])
+    audit = audited([row(n + 9) for n in range(5)], val_source=held_out, filters={"duplicates": "drop"})
+    assert audit.sources[1].left_out["duplicate of another pair"].count == 1
 
 
 def test_nothing_held_out_is_told() -> None:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -136,3 +137,17 @@ def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert encode(text) == encode.tokenizer(text)["input_ids"]
     assert len(encode.known) <= 3
     assert len(BOUNDARIES) > 1
+
+
+class Lowering(PreTrainedTokenizerFast):
+    """A tokenizer that does more than its backend."""
+
+    def __call__(self, text: str, *args: Any, **options: Any) -> Any:
+        return super().__call__(text.lower(), *args, **options)
+
+
+@pytest.mark.parametrize("keep_words", [True, False])
+def test_a_tokenizer_that_does_more_than_its_backend(keep_words: bool) -> None:
+    tokenizer = Lowering(tokenizer_object=byte_level(use_regex=True).backend_tokenizer)
+    encode = Encoder(tokenizer, keep_words)
+    assert encode("A Path IS long") == tokenizer("a path is long")["input_ids"]

@@ -1,6 +1,7 @@
 """Several sources: as a mixture with weights, and as held-out sets with names of their own."""
 
 import collections
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lit_dpo import PreferenceDataModule
 from lit_dpo.data.mixture import is_plain, sources_of
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import PairSampler
+from lit_dpo.training.position import check_order
 from tests.tiny import made_up_rows, tiny_tokenizer, write_jsonl
 
 ROWS = made_up_rows(40)
@@ -129,7 +131,7 @@ def test_what_a_source_says_of_itself_wins(tmp_path: Path) -> None:
         ([{"source": "a", "wheight": 2}], r"data\.source\[0\] has 'wheight'; known keys are source, name"),
         ([{"name": "a"}], "has no 'source'"),
         ([{"source": "a", "weight": 0}], "weight must be positive, not 0"),
-        ([{"source": "a", "name": "x/y"}], "must not contain '/'"),
+        ([{"source": "a", "name": "x/y"}], "must be a text without '/'"),
         (["x/a.jsonl", "y/a.csv"], "two sources of the name 'a'"),
     ],
 )
@@ -143,3 +145,46 @@ def test_names_are_the_last_part_of_the_source() -> None:
     assert [source.name for source in sources_of(given, "source")] == ["pairs", "hub-set", "x", "examples"]
     assert is_plain(given)
     assert not is_plain([Dataset.from_list(ROWS)])
+
+
+def test_a_checkpoint_of_other_weights_does_not_fit(tmp_path: Path) -> None:
+    path = files(tmp_path, a=ROWS[:5], b=ROWS[5:15])
+    orders = []
+    for weight, rows in ((1, path["b"]), (2, path["b"]), (1, path["a"])):
+        data, _ = loaded(source=[{"source": path["a"], "weight": weight}, {"source": rows, "name": "b"}], val_size=2)
+        assert data.position is not None
+        orders.append(data.position.order)
+    check_order(orders[0], orders[0])
+    with pytest.raises(ValueError, match=r"weights of the sources was 1, 1 and is now 2, 1"):
+        check_order(orders[0], orders[1])
+    with pytest.raises(ValueError, match=r"digest of the pairs was"):
+        check_order({**orders[0], "number of pairs": orders[2]["number of pairs"]}, orders[2])
+
+
+def test_a_weight_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    path = files(tmp_path, a=ROWS[:5], b=ROWS[5:15])
+    data, _ = loaded(source=[{"source": path["a"], "weight": 0.04}, path["b"]], val_source=Dataset.from_list(ROWS[30:]))
+    assert data.train_pairs is not None
+    with pytest.raises(ValueError, match=r"5 pairs with weight 0\.04 gives none"):
+        PairSampler(data.train_pairs, batch_size=1)  # type: ignore[arg-type]
+
+
+def test_an_entry_wins_over_the_option_for_all(tmp_path: Path) -> None:
+    for split in ("train", "test", "other"):
+        write_jsonl(tmp_path / f"{split}.jsonl", ROWS[:3] if split == "other" else ROWS[10:20])
+    held_out = [{"source": str(tmp_path), "split": "other"}]
+    data, _ = loaded(source=str(tmp_path), val_source=held_out, val_split="test")
+    assert data.val_pairs is not None
+    assert len(data.val_pairs) == 3
+
+
+def test_near_leaks_are_found_where_pairs_are_split_off() -> None:
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon"
+    draw = random.Random(0)  # noqa: S311
+    rows = [
+        {"prompt": f"{words} {n} {n}", "chosen": str(draw.random() * 1e15), "rejected": str(draw.random() * 1e15)}
+        for n in range(12)
+    ]
+    rows += [{"prompt": f"{n} why {n * 7} not {n * 3} so", "chosen": f"c {n}", "rejected": "d"} for n in range(30)]
+    _, report = loaded(source=Dataset.from_list(rows), val_size=0.3, filters={"near_duplicates": 0.7}, seed=1)
+    assert any("prompt nearly the same as one held out" in line for line in report)

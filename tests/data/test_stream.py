@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lit_dpo import DPOModule, PreferenceDataModule
@@ -236,3 +237,73 @@ def test_a_run_without_end_is_refused(tiny_base: str) -> None:
     trainer = Trainer(accelerator="cpu", max_epochs=1, **options)
     with pytest.raises(ValueError, match=r"no end: set trainer\.max_steps or trainer\.limit_train_batches"):
         trainer.fit(DPOModule(tiny_base, quantization=None), data)
+
+
+class Origins(Callback):
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rows += [row for _, row in batch.origins]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_epoch_goes_on_where_the_one_before_it_ended(
+    tiny_base: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS[:23], {**ROWS[23], "chosen": ROWS[23]["rejected"]}]
+    data = PreferenceDataModule(
+        Dataset.from_list(rows),
+        val_source=Dataset.from_list(ROWS[50:54]),
+        streaming=True,
+        shuffle=False,
+        batch_size=2,
+        num_workers=workers,
+    )
+    seen = Origins()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[seen],
+    )
+    trainer.fit(DPOModule(tiny_base, quantization=None, lora=LORA), data)
+    assert len(seen.rows) == 3 * 4 * 2
+    assert sorted(set(seen.rows)) == list(range(23)), "one row of 23 comes again, in the second pass"
+    assert caplog.text.count("left out rows: identical responses: 1") == 1
+
+
+def test_files_shorter_than_the_number_of_shards(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS[:3]).to_parquet(str(tmp_path / "train-0.parquet"))
+    Dataset.from_list(ROWS[3:10]).to_parquet(str(tmp_path / "train-1.parquet"))
+    stream = stream_of(str(tmp_path), shuffle_buffer=1)
+    found = []
+    for rank in range(5):
+        stream.plan(batch_size=1, seed=0, rank=rank, num_replicas=5)
+        found += [row for _, row in origins(taken(stream, 2))]
+    assert sorted(found) == list(range(10))
+
+
+def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
+    table = Dataset.from_list(ROWS[:4]).data.table
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    stream = stream_of(str(tmp_path / "file.arrow"), shuffle=False)
+    stream.plan(batch_size=4, seed=0)
+    assert [row for _, row in origins(taken(stream, 1))] == [0, 1, 2, 3]
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"broken\.parquet cannot be read"):
+        taken(stream_of(str(tmp_path / "broken.parquet")), 1)
+    (tmp_path / "list.json").write_text(json.dumps(ROWS[:2], indent=1))
+    with pytest.raises(ValueError, match="it is one list, and a stream takes a row in each line"):
+        taken(stream_of(str(tmp_path / "list.json")), 1)
+
+
+def test_held_out_pairs_may_be_in_any_file(tmp_path: Path) -> None:
+    (tmp_path / "held_out.csv").write_text("prompt,chosen,rejected\nwhy?,so,no\n")
+    data = streamed(Dataset.from_list(ROWS[:4]), val_source=str(tmp_path / "held_out.csv"))
+    assert data.val_pairs is not None
+    assert len(data.val_pairs) == 1
