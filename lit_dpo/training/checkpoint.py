@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_dpo.files.atomic import atomic_write
 from lit_dpo.policy.adapters import MOVING_ADAPTER, belongs_to
@@ -44,6 +44,9 @@ def fitting_weights(module: Any, state_dict: Mapping[str, Any]) -> dict[str, Any
     Raises:
         ValueError: If the adapters do not fit. Lightning's ``strict=False`` would not notice.
     """
+    if "policy" not in module._modules:  # ddp_fork, ddp_spawn and ddp_notebook train in processes of their own
+        rank_zero_info("The policy was trained in other processes. To use it here, load its checkpoint or its adapter.")
+        return {}
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     found, expected = set(state_dict), kept_names(module)
     fitting = {name for name in found & expected if state_dict[name].shape == own[name].shape}

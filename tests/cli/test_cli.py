@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,8 +331,10 @@ def scored(folder: Path, rows: list[dict[str, Any]]) -> str:
     return write_jsonl(folder / "scored.jsonl", [{**row, **score} for row, score in zip(rows, scores, strict=True)])
 
 
+# Of each file of objectives one by default, and all others with ``-m slow``
+FIRST = ("Sigmoid", "IPO", "APOZero", "BCOPair", "LDDPO", "Mixture", "PlackettLuce", "SimPO", "ODPO", "AOT")
 FRONT_DOOR = [
-    *([name] for name in OBJECTIVES),
+    *(pytest.param([name], marks=[] if name in FIRST else pytest.mark.slow) for name in OBJECTIVES),
     *("IPO --model.objective.tau 0.1".split(), "BCOPair --model.objective.shift none".split()),
     "Sigmoid --model.objective.divergence ForwardKL".split(),
     "Sigmoid --model.objective.divergence AlphaDivergence --model.objective.divergence.alpha 0.3".split(),
@@ -648,18 +651,20 @@ def assert_saved_and_goes_on(tiny: list[str]) -> None:
 
 
 def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(tiny: list[str]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_dpo", "fit", *tiny, *LONG],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    interrupt_once_it_trains(process.pid, signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0]
-    assert "Traceback" not in printed
-    assert "Resume with: --ckpt_path runs/dpo/version_0/checkpoints/last.ckpt" in printed
-    assert process.returncode == 143
+    process = os.fork()  # all libraries are imported already
+    if not process:
+        log = os.open("log", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1), os.dup2(log, 2)
+        try:
+            main(["fit", *tiny, *LONG])
+        except SystemExit as end:
+            os._exit(end.code)  # type: ignore[arg-type]
+        finally:
+            os._exit(99)
+    interrupt_once_it_trains(process, signal.SIGTERM)
+    _, status = os.waitpid(process, 0)
+    assert "Traceback" not in Path("log").read_text()
+    assert os.waitstatus_to_exitcode(status) == 143
     assert_saved_and_goes_on(tiny)
 
 
@@ -672,14 +677,30 @@ def test_ctrl_c_saves_and_goes_on_from_there(tiny: list[str], caplog: pytest.Log
     assert_saved_and_goes_on(tiny)
 
 
-def test_two_processes_give_one_process_numbers(tiny: list[str]) -> None:
+def in_two_processes(arguments: list[str], strategy: str, capfd: pytest.CaptureFixture[str]) -> str:
+    """Trains in two processes, and gives what they print as errors. Those that are forked need no start."""
+    two = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--data.batch_size", "2"]
+    if strategy == "ddp":
+        command = [sys.executable, "-m", "lit_dpo", "fit", *arguments, *two]
+        return subprocess.run(
+            command, env=environment(), check=True, capture_output=True, timeout=240, text=True
+        ).stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+        main(["fit", *arguments, *two])
+    return capfd.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_two_processes_give_one_process_numbers(
+    tiny: list[str], strategy: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of an objective and a reference that keep running numbers, too."""
     running = ["--model.objective", "BCOPair", "--model.objective.beta", "0.5", "--model.reference", "MovingReference"]
     common = [*tiny, *running, "--guard.max_kl", "1e-9", "--trainer.max_epochs", "2"]
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
-    command = [sys.executable, "-m", "lit_dpo", "fit", *common, *two]
-    printed = subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240, text=True)
-    assert printed.stderr.count("the KL divergence from the reference is") == 1, "both processes agree, one tells"
+    printed = in_two_processes(common, strategy, capfd)
+    assert printed.count("the KL divergence from the reference is") == 1, "both processes agree, one tells"
     with pytest.warns(UserWarning, match="the KL divergence from the reference is"):
         main(["fit", *common])
     states = [torch.load(f"runs/dpo/version_{v}/checkpoints/last.ckpt", weights_only=True) for v in (0, 1)]

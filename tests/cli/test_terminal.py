@@ -1,5 +1,6 @@
 """What a user sees on the terminal: errors of one line, no output that ends a run, quiet when asked."""
 
+import io
 import subprocess
 import sys
 import time
@@ -95,21 +96,20 @@ def test_a_template_that_raises_is_told_with_the_row(
     assert line == f"error: {source}, row 3: the chat template rejects the messages: no threes. {remedy}"
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_results_alone_are_shown_without_boxes_and_without_a_progress_bar(
     tiny: list[str],  # noqa: F811
     encoding: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An encoding that has no boxes ends no run, and ``tiny`` switches the bar off."""
-    caches = {"LIT_DPO_CACHE": str(tmp_path / "a"), "HF_DATASETS_CACHE": str(tmp_path / "b")}
-    ran = subprocess.run(
-        [sys.executable, "-m", "lit_dpo", "fit", *tiny, "--trainer.max_steps", "2"],
-        env={**environment(), **caches, "PYTHONIOENCODING": encoding},
-        capture_output=True,
-        check=True,
-    )
-    printed, errors = ran.stdout.decode(encoding), ran.stderr.decode(encoding)
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "a"))
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    main(["fit", *tiny, "--trainer.max_steps", "2"])
+    printed, errors = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())  # type: ignore[attr-defined]
     assert " | aligned" in printed
     assert "│" not in printed
     for sign in ("UnicodeEncodeError", "it/s", "examples/s", "pair/s", "%|", "step 1/2"):

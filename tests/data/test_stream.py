@@ -107,7 +107,7 @@ def test_passes_have_orders_of_their_own() -> None:
     assert [row for _, row in origins(taken(in_order, 4))] == [*range(12), *range(4)]
 
 
-@pytest.mark.parametrize(("workers", "done"), [(0, 0), (0, 1), (0, 4), (0, 7), (0, 11), (3, 4), (3, 11)])
+@pytest.mark.parametrize(("workers", "done"), [(0, 0), (0, 1), (0, 4), (0, 7), (0, 11), (3, 4)])
 def test_a_resumed_stream_goes_on_with_the_next_pair(workers: int, done: int) -> None:
     stream = stream_of(Dataset.from_list(ROWS[:22]), shuffle_buffer=4)
     plan: dict[str, Any] = {"batch_size": 2, "seed": 5}
@@ -208,7 +208,7 @@ def run(
     return model, trainer
 
 
-@pytest.mark.parametrize(("step", "workers", "accumulate"), [(3, 0, 1), (5, 2, 1), (3, 2, 3)])
+@pytest.mark.parametrize(("step", "workers", "accumulate"), [(3, 0, 1), (3, 2, 3)])
 def test_a_run_on_a_stream_resumes_bit_for_bit(
     tiny_base: str, tmp_path: Path, step: int, workers: int, accumulate: int
 ) -> None:

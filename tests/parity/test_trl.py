@@ -131,7 +131,7 @@ OBJECTIVES = dict(zip(STEPS_LOSSES, (Sigmoid(BETA), IPO(BETA), APOZero(BETA)), s
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("sigmoid", 10),
+        ("sigmoid", 6),
         pytest.param("sigmoid", 20, marks=pytest.mark.slow),
         pytest.param("ipo", 20, marks=pytest.mark.slow),
         pytest.param("apo_zero", 20, marks=pytest.mark.slow),
