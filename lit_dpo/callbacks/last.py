@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.training.checkpoint import save_checkpoint
+from lit_dpo.training.checkpoint import save_checkpoint, try_to_save_checkpoint
 from lit_dpo.training.interruption import Terminated, is_interruption
 from lit_dpo.training.run_dir import run_dir
 from lit_dpo.training.step import OptimizerStep
@@ -65,8 +65,10 @@ class LastCheckpoint(Checkpoint):
         if received:
             raise _exception(received)
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if ends or trainer.global_step % self.every_n_steps == 0:
+        if ends:
             self._save(trainer)
+        elif trainer.global_step % self.every_n_steps == 0:
+            try_to_save_checkpoint(trainer, self._path(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of a full epoch, so that a run with more epochs can continue from there."""

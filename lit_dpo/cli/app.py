@@ -4,7 +4,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -21,8 +20,10 @@ from lit_dpo.cli.overrides import (
     given_checkpoint,
     new_classes_start_afresh,
     read_integers_first,
+    run_name,
     stored_arguments,
     warn_of_overrides,
+    with_checkpoint_of_run,
 )
 from lit_dpo.commands import DESCRIPTIONS, LIKE_FIT, OWN, function_of
 from lit_dpo.datamodule import PreferenceDataModule
@@ -125,6 +126,8 @@ class DPOCLI(LightningCLI):
             ValueError: If it is not clear which checkpoint is meant.
         """
         command = next((arg for arg in self._args if arg in DESCRIPTIONS), None)
+        if command is not None and command not in OWN:
+            self._args = with_checkpoint_of_run(self._args, command)
         path = None if command is None or command in OWN else given_checkpoint(self._args, command)
         stored: dict[str, Any] = {}
         if path is not None and command is not None:
@@ -161,8 +164,7 @@ class DPOCLI(LightningCLI):
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
             config.trainer.precision = precision_for(torch.device("cuda" if on_gpu else "cpu"))
         if config.run_name is None:
-            files = config.get("config") or []
-            config.run_name = Path(str(files[-1])).stem if files else "dpo"
+            config.run_name = run_name([str(file) for file in config.get("config") or []])
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer, or those of them that the command takes."""

@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,23 +12,69 @@ from unittest.mock import patch
 import torch
 import yaml
 from jsonargparse import _typehints
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_dpo import objectives
 from lit_dpo.reference import AnotherModel, MovingReference
 from lit_dpo.training.hyperparameters import asks_for_trust, without_trust
 
+OF_RUN = ("last", "best", "auto")  # names of checkpoints in the folder of the run
 LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves itself
 
 
 def given_checkpoint(args: list[str], command: str) -> str | None:
     """The checkpoint file named in arguments or configuration files; None if the Trainer resolves the name."""
+    path = _last_given(args, command, "ckpt_path")
+    return None if path in (*LIGHTNING_CHECKPOINTS, "null") else path
+
+
+def with_checkpoint_of_run(args: list[str], command: str) -> list[str]:
+    """The arguments with ``last``, ``best`` or ``auto`` replaced by the newest such checkpoint of the run's name.
+
+    ``auto`` is ``last`` if there is one, and no checkpoint if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    wanted = _last_given(args, command, "ckpt_path")
+    if wanted not in OF_RUN:
+        return args
+    name = _last_given(args, command, "run_name") or run_name(_configs(args))
+    found = newest_checkpoint(name, "best-*.ckpt" if wanted == "best" else "last.ckpt")
+    if found is None and wanted != "auto":
+        raise FileNotFoundError(
+            f"--ckpt_path {wanted}: no run of the name {name!r} has left one under runs/{name}. --run_name gives "
+            "another name; a checkpoint elsewhere is given by its path."
+        )
+    rank_zero_info(f"--ckpt_path {wanted}: {found or 'there is none yet, so the run starts'}.")
+    return [*args, "--ckpt_path", str(found or "null")]
+
+
+def run_name(configs: Sequence[str]) -> str:
+    """The name of a run that is given none: that of its last configuration file."""
+    return Path(configs[-1]).stem if configs else "dpo"
+
+
+def newest_checkpoint(name: str, pattern: str) -> Path | None:
+    """The newest checkpoint among those of all versions of a run; None if there is none."""
+    found = Path("runs", name).glob(f"version_*/checkpoints/{pattern}")
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _configs(args: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
     parser.add_argument("--config", "-c", action="append", default=[])
-    given, _ = parser.parse_known_args(args)
-    found = [given.ckpt_path] if given.ckpt_path is not None else []
-    for file in given.config if not found else ():
+    configs: list[str] = parser.parse_known_args(args)[0].config
+    return configs
+
+
+def _last_given(args: list[str], command: str, key: str) -> str | None:
+    """The value of a key in the arguments or, if it is not there, in the last configuration file that has it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{key}")
+    given: str | None = getattr(parser.parse_known_args(args)[0], key)
+    found = [given] if given is not None else []
+    for file in _configs(args) if not found else ():
         try:
             config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except OSError:  # the parser reports this
@@ -36,9 +82,8 @@ def given_checkpoint(args: list[str], command: str) -> str | None:
         except yaml.YAMLError as error:  # the parser would not name the file
             raise ValueError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}.") from error
         parts = [config, config.get(command)] if isinstance(config, dict) else []
-        found += [part["ckpt_path"] for part in parts if isinstance(part, dict) and "ckpt_path" in part]
-    path: str | None = found[-1] if found else None
-    return None if path in (*LIGHTNING_CHECKPOINTS, "null") else path
+        found += [part[key] for part in parts if isinstance(part, dict) and key in part]
+    return found[-1] if found else None
 
 
 def stored_arguments(path: str) -> dict[str, Any]:
@@ -46,13 +91,8 @@ def stored_arguments(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a checkpoint, or ``last`` or ``best``, which could mean several files.
+        ValueError: If it is not a checkpoint.
     """
-    if path in ("last", "best"):
-        raise ValueError(
-            f"--ckpt_path {path}: each run has a folder of its own. Give the path of the file, such as "
-            "runs/NAME/version_0/checkpoints/last.ckpt."
-        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
     try:

@@ -77,3 +77,19 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     else:
         with atomic_write(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
+
+
+def try_to_save_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Saves a checkpoint as ``save_checkpoint`` does. If it cannot be written, warns, and the run goes on."""
+    try:
+        save_checkpoint(trainer, path)
+    except (OSError, RuntimeError) as error:
+        if not _cannot_write(error):
+            raise
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+        rank_zero_warn(f"{path} could not be written, so an older one stays: {str(error).splitlines()[0]:.200}")
+
+
+def _cannot_write(error: BaseException) -> bool:
+    """Whether an error comes from the disk. torch raises one of its own over it."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or isinstance(error.__context__, OSError)

@@ -459,12 +459,29 @@ def test_which_checkpoint_is_meant_is_never_guessed(tiny: list[str], checkpoint:
     with pytest.raises(ValueError, match="ckpt_path is .* at first and None in the end: give it after the files"):
         main(["fit", "--ckpt_path", checkpoint, "--config", saved])
     for name in ("last", "best"):
-        with pytest.raises(ValueError, match=f"--ckpt_path {name}: each run has a folder of its own"):
-            main(["validate", *tiny, "--ckpt_path", name])
+        with pytest.raises(FileNotFoundError, match=f"--ckpt_path {name}: no run of the name 'other' has left one"):
+            main(["validate", *tiny, "--ckpt_path", name, "--run_name", "other"])
     main(["validate", *tiny, "--ckpt_path", "null"])
     main(["predict", *tiny, "--ckpt_path", checkpoint, "--run_name", "test"])
     Path("both.yaml").write_text(f"validate:\n  ckpt_path: {checkpoint}\n")
     main(["--config", "both.yaml", "validate", *tiny])
+
+
+def test_a_run_goes_on_where_its_name_left_off(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    Path("mine.yaml").write_text("ckpt_path: auto\ntrainer:\n  max_epochs: 1\n")
+    options = [*tiny, "--samples.num_prompts", "0"]
+    main(["fit", "--config", "mine.yaml", *options])
+    assert "there is none yet, so the run starts" in caplog.text
+    main(["fit", "--config", "mine.yaml", *options, "--trainer.max_epochs", "2"])
+    first, second = (f"runs/mine/version_{number}/checkpoints" for number in (0, 1))
+    assert f"--ckpt_path auto: {first}/last.ckpt" in caplog.text
+    steps = [torch.load(f"{folder}/last.ckpt", weights_only=True)["global_step"] for folder in (first, second)]
+    assert steps == [4, 8]
+    main(["validate", *tiny, "--run_name", "mine", "--ckpt_path", "best"])
+    assert f"--ckpt_path best: {second}/best-step" in caplog.text
+    main(["fit", *options, "--run_name=mine", "--ckpt_path=last", "--trainer.max_epochs", "3"])
+    assert f"--ckpt_path last: {second}/last.ckpt" in caplog.text
+    assert yaml.safe_load(Path("runs/mine/version_3/config.yaml").read_text())["ckpt_path"] == f"{second}/last.ckpt"
 
 
 def test_a_damaged_file_is_told_in_a_line(

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,7 @@ def start(name: str, ranks: int) -> int:
     if process:
         return process
     os.setsid()
+    warnings.resetwarnings()
     status = 1
     try:
         with Path(f"{name}.log").open("a", encoding="utf-8") as log:
