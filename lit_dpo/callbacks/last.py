@@ -68,7 +68,7 @@ class LastCheckpoint(Checkpoint):
         if ends:
             self._save(trainer)
         elif trainer.global_step % self.every_n_steps == 0:
-            try_to_save_checkpoint(trainer, self._path(trainer))
+            self._try_to_save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of a full epoch, so that a run with more epochs can continue from there."""
@@ -123,6 +123,9 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         save_checkpoint(trainer, self._path(trainer))
+
+    def _try_to_save(self, trainer: Trainer) -> None:
+        try_to_save_checkpoint(trainer, self._path(trainer))
 
 
 def _exception(number: int) -> BaseException:

@@ -55,6 +55,14 @@ class PairSampler(DistributedSampler[list[int]]):
                 f"{num_replicas} process(es). Lower data.batch_size or add pairs."
             )
 
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, but none before that to resume in.
+
+        Lightning sets the epoch before when a run resumes at the beginning of an epoch, and sets the right one later.
+        By then, workers have been given the first batches.
+        """
+        super().set_epoch(max(epoch, self.resume_at[0]))
+
     def __len__(self) -> int:
         """Number of batches in a whole epoch."""
         return self.num_pairs // (self.batch_size * self.num_replicas)

@@ -55,7 +55,9 @@ class EpochPosition:
         sampler = PairSampler(
             self.pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self.ranks
         )
-        sampler.resume_at = (-1, 0) if stored is None else (stored["epoch"], stored["batches"])
+        if stored is not None:
+            sampler.resume_at = (stored["epoch"], stored["batches"])
+            sampler.set_epoch(stored["epoch"])
         return batch_loader(self.pairs, sampler, seed=self.seed, **options)
 
     def note(self, batch: Any) -> None:
@@ -65,9 +67,17 @@ class EpochPosition:
         """The epoch, and the number of its batches already trained on."""
         loop: Any = trainer.fit_loop
         epochs = loop.epoch_progress.current
-        finished = epochs.processed == epochs.started  # then the batch count is still that of the previous epoch
-        batches = 0 if finished else loop.epoch_loop.batch_progress.current.processed
-        return {"epoch": epochs.processed, "batches": batches}
+        progress = loop.epoch_loop.batch_progress
+        # Between two epochs the batch count is still that of the first.
+        between = epochs.processed == epochs.started or progress.is_last_batch
+        return (
+            {"epoch": epochs.started, "batches": 0}
+            if between
+            else {
+                "epoch": epochs.processed,
+                "batches": progress.current.processed,
+            }
+        )
 
     def report(self) -> list[str]:
         """Nothing: what was left out has been told."""

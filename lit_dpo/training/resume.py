@@ -29,6 +29,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the random states of all ranks, and the class and settings of the optimizer."""
         checkpoint["random_states"] = gather_objects(trainer, random_state())
+        close_epoch(checkpoint.get("loops", {}).get("fit_loop"))
         if trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = plain_optimizer(trainer.optimizers[0])
 
@@ -63,6 +64,25 @@ class ExactResume(Callback):
                 optimizer.state.clear()
                 optimizer.state.update(state)
             apply_settings(optimizer, groups, schedulers.get(id(optimizer)))
+
+
+def close_epoch(fit_loop: dict[str, Any] | None) -> None:
+    """Marks an epoch as done in a stored state of the training loop, if all its batches are done, in place.
+
+    Between the last batch of an epoch and its end, during the evaluation, Lightning's state says that the epoch goes
+    on. Resumed from there, Lightning finds no batch left, and skips the next epoch without training on it. Here a
+    resumed run begins the next epoch; the evaluation that was not finished is not repeated.
+    """
+    if fit_loop is None:
+        return
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if not batches["is_last_batch"] or epochs["current"]["processed"] == epochs["current"]["started"]:
+        return
+    unfinished = batches["current"]["completed"] < batches["current"]["processed"]  # the step's hooks are running
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += int(unfinished)
+    for which in ("current", "total"):
+        epochs[which]["processed"] += 1
+        batches[which]["completed"] = batches[which]["processed"]
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, groups: list[Group], scheduler: Any = None) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from lit_dpo import DPOModule, PreferenceDataModule
-from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.callbacks import AdapterExport, LastCheckpoint
 from lit_dpo.training.throughput import NAMES
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,6 +32,8 @@ class SaveAt(LastCheckpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / f"step{self.step}.ckpt", weights_only=False)
+
+    _try_to_save = _save
 
 
 def run(
@@ -55,7 +58,7 @@ def run(
 
 @pytest.mark.parametrize(
     ("step", "workers", "accumulate"),
-    [(3, 0, 1), (8, 0, 1), (11, 0, 1), (2, 0, 3), (3, 0, 3), (4, 0, 3), (5, 2, 1)],
+    [(3, 0, 1), (8, 0, 1), (11, 0, 1), (2, 0, 3), (3, 0, 3), (4, 0, 3), (5, 2, 1), (8, 1, 1)],
 )
 def test_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path, step: int, workers: int, accumulate: int) -> None:
     model, trainer = run(tiny_base, pairs_file, tmp_path / "whole", step, workers, accumulate)
@@ -69,6 +72,41 @@ def test_bit_for_bit(tiny_base: str, pairs_file: str, tmp_path: Path, step: int,
     for name, value in trainer.callback_metrics.items():
         if name.removeprefix("train/") not in NAMES:  # the clock's and the memory's
             assert torch.equal(value, again.callback_metrics[name]), name
+
+
+class SaveFirstAt(SaveAt):
+    """Keeps the first checkpoint of a step: at the last step of an epoch, the one before its evaluation."""
+
+    def _save(self, trainer: Trainer) -> None:
+        if not (Path(trainer.default_root_dir) / f"step{self.step}.ckpt").exists():
+            super()._save(trainer)
+
+
+@pytest.mark.parametrize(("step", "workers", "accumulate"), [(8, 0, 1), (8, 1, 1), (4, 1, 2)])
+def test_a_run_that_ends_after_the_last_step_of_an_epoch(
+    tiny_base: str,
+    pairs_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    workers: int,
+    accumulate: int,
+) -> None:
+    """It goes on with the next epoch, whole."""
+    monkeypatch.setattr("tests.training.test_resume.SaveAt", SaveFirstAt)
+    model, trainer = run(tiny_base, pairs_file, tmp_path / "whole", step, workers, accumulate)
+    ckpt = tmp_path / f"whole/step{step}.ckpt"
+    assert torch.load(ckpt, weights_only=True)["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"] == {
+        "ready": 0,
+        "started": 0,
+        "processed": 0,
+        "completed": 0,
+    }, "before the evaluation"
+    resumed, again = run(tiny_base, pairs_file, tmp_path / "resumed", -1, workers, accumulate, ckpt)
+    assert again.global_step == trainer.global_step
+    expected = dict(model.named_parameters())
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 @pytest.mark.parametrize("first", [{"max_epochs": 1}, {"max_steps": 5}, {"max_steps": 8}])
@@ -138,3 +176,54 @@ def test_each_parameter_group_keeps_its_own_settings(
         assert [group["weight_decay"] for group in groups] == [0.0, decay]
         expected = [rate / 9 if scheduled else rate for rate in rates]  # after eight steps
         assert [group["lr"] for group in groups] == pytest.approx(expected)
+
+
+def test_a_full_disk_ends_no_run(
+    tiny_base: str, pairs_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint in between that cannot be written is told of. The one before it stays, and the run goes on."""
+    write = torch.save
+    folder = tmp_path / "checkpoints"
+
+    def full(content: Any, file: Any, *args: Any, **options: Any) -> None:
+        write(content, file, *args, **options)
+        if content["global_step"] in (4, 6):
+            raise OSError(28, "No space left on device")
+
+    seed_everything(5, verbose=False)
+    monkeypatch.setattr(torch, "save", full)
+    model = DPOModule(tiny_base, quantization=None, lora=LORA)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=7,
+        logger=False,
+        callbacks=[LastCheckpoint(every_n_steps=2)],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written, so an older one stays: .*No space left"):
+        trainer.fit(model, PreferenceDataModule(pairs_file, val_size=4, batch_size=2))
+    assert trainer.global_step == 7
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 7
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"], "nothing half-written is left"
+
+
+def test_a_finished_run_that_is_resumed_exports_its_adapter(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+    """It may have been killed between its last checkpoint and the export."""
+    run(tiny_base, pairs_file, tmp_path / "whole", 16)
+    model = DPOModule(tiny_base, quantization=None, lora=LORA)
+    data = PreferenceDataModule(pairs_file, val_size=4, batch_size=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        callbacks=[AdapterExport()],
+        default_root_dir=tmp_path / "resumed",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(model, data, ckpt_path=tmp_path / "whole/step16.ckpt", weights_only=True)
+    exported = load_file(tmp_path / "resumed/adapter/adapter_model.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in exported.items() if "lora_B" in name)
