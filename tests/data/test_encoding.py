@@ -111,7 +111,7 @@ def test_ids_are_those_of_the_tokenizer(kind: str) -> None:
     encode = Encoder(tokenizer)
     assert (encode.boundary is not None) is keeps, encode.boundary
     draw = random.Random(1)  # noqa: S311
-    for number in range(400):
+    for number in range(200):
         start = draw.randrange(len(TEXT))
         text = TEXT[start : start + draw.randrange(200)]
         if number % 4 == 0:

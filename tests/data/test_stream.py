@@ -70,8 +70,14 @@ def parts(folder: Path, kind: str) -> Any:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "arrow", "memory"])
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "workers"),
+    [
+        *((kind, 1, 0) for kind in ("jsonl", "jsonl.gz", "parquet", "arrow", "memory")),
+        ("jsonl", 2, 2),
+        ("parquet", 2, 2),
+    ],
+)
 def test_each_row_comes_once_a_pass(tmp_path: Path, kind: str, ranks: int, workers: int) -> None:
     source = Dataset.from_list(ROWS[:40]) if kind == "memory" else parts(tmp_path / "rows", kind)
     stream = stream_of(source, shuffle_buffer=8)

@@ -131,7 +131,7 @@ OBJECTIVES = dict(zip(STEPS_LOSSES, (Sigmoid(BETA), IPO(BETA), APOZero(BETA)), s
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("sigmoid", 4),
+        ("sigmoid", 3),
         pytest.param("sigmoid", 20, marks=pytest.mark.slow),
         pytest.param("ipo", 20, marks=pytest.mark.slow),
         pytest.param("apo_zero", 20, marks=pytest.mark.slow),
@@ -141,7 +141,7 @@ def test_optimizer_steps(embedded_base: str, name: str, steps: int) -> None:
     record = json.loads((Path(__file__).parent / "trl_steps.json").read_text())["losses"][name][:steps]
     losses = our_steps(read_rows(EXAMPLES, steps * STEPS_BATCH_SIZE), OBJECTIVES[name])
     assert len(losses) == steps
-    assert min(record) < 0.9 * record[0], "the steps must move the loss"
+    assert min(record) < 0.95 * record[0], "the steps must move the loss"
     assert_same(torch.tensor(losses), torch.tensor(record), 20 * SMOLLM2)
 
 

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,26 @@ PECULIAR = [(1, 1, 1), (1, 30, 2), (12, 1, 25), (3, 2, 90), (7, 5, 5), (2, 40, 1
 SHORT = [(1, 1, 1), (7, 5, 5), (7, 5, 5), (1, 2, 1), (2, 1, 3), (3, 1, 1), (1, 1, 4), (4, 6, 3)]
 
 
-def test_on_the_embedded_model(embedded_base: str) -> None:
-    """16 pairs in one flat row against padded rows of one response each, with transformers' own attention."""
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [PECULIAR[:3], SHORT[:5]],
+        pytest.param([PECULIAR[:3], PECULIAR[3:4], PECULIAR[4:7], PECULIAR[7:], SHORT], marks=pytest.mark.slow),
+    ],
+    ids=["8 pairs", "16 pairs"],
+)
+def test_on_the_embedded_model(embedded_base: str, groups: list[list[tuple[int, int, int]]]) -> None:
+    """All pairs in one flat row against padded rows of one response each, with transformers' own attention."""
     flat = tiny_policy(embedded_base, "flat")
     padded = tiny_policy(embedded_base, "padded")
-    pairs = random_pairs([*PECULIAR, *SHORT], vocabulary=40_000)
-    logps = flat.logps(PairBatch.from_pairs(pairs))
+    pairs = iter(random_pairs([sizes for group in groups for sizes in group], vocabulary=40_000))
+    parted = [list(itertools.islice(pairs, len(group))) for group in groups]
+    logps = flat.logps(PairBatch.from_pairs([pair for group in parted for pair in group]))
     found = torch.stack([logps.chosen, logps.rejected], dim=1)
     gradients = adapter_gradients_of(flat, logps)
     expected = []
-    # Each response is a row of its own, padded at its end: short ones together, long ones alone.
-    for few_pairs in (pairs[:3], pairs[3:4], pairs[4:7], pairs[7:8], pairs[8:]):
-        own = padded.logps(PairBatch.from_pairs(few_pairs))
+    for group in parted:  # each response is a row of its own, padded at its end: short ones together, long ones alone
+        own = padded.logps(PairBatch.from_pairs(group))
         (own.chosen.sum() - 0.5 * own.rejected.sum()).backward()
         expected.append(torch.stack([own.chosen, own.rejected], dim=1).detach())
     assert_same(found, torch.cat(expected), SMOLLM2)
