@@ -183,7 +183,7 @@ class PreferenceDataModule(LightningDataModule):
         return batch
 
     def teardown(self, stage: str) -> None:
-        """Tells which rows of a stream were left out. A later run does not resume from this one's checkpoint."""
+        """Tells what came of the rows of a stream. A later run does not resume from this one's checkpoint."""
         self._stored = None
         for line in self.position.report() if self.position is not None else ():
             rank_zero_info(line)

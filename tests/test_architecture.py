@@ -40,6 +40,7 @@ WAY = [
     "batch",
     "pairs",
     "near",
+    "findings",
     "sampler",
     "file_kinds",
     "sources",

@@ -15,10 +15,11 @@ from lit_dpo.base.names import resolve_base
 
 # Cards: memory in GB, and rate of bf16 products (float16 on the T4) in 10¹² operations a second, by their makers.
 CARDS = {"T4": (16, 65), "L4": (24, 121), "A100": (80, 312), "H100": (80, 989)}
-SHARE = 0.4  # of that rate which training reaches at a batch of some thousand tokens; tests/benchmarks measures it
+SHARE = 0.4  # of that rate. A 7B at batch 8 reached 0.47 on an H100 (tests/benchmarks); small models reach far less
 NF4_BYTES = 0.5 + 1 / 64 + 1 / 64 / 64  # of a weight: the code, its share of a one-byte scale, and of that one's scale
 ADAM_BYTES = 16  # of a trained parameter: weight, gradient and two moments in float32
-# Values a token that a layer keeps for its backward pass, in units of the hidden size. Measured with Qwen2.5 0.5B, 7B.
+# Values a token that a layer keeps for its backward pass, in units of the hidden size. Fitted to the peak memory of
+# Qwen2.5 0.5B and 7B on an H100.
 LAYER_VALUES = 12
 
 
@@ -100,10 +101,10 @@ def cost_of(
     operations = 3 * forward * tokens
     reference_operations = forward * int(num_tokens.sum()) if reference else 0.0
     longest = int(np.sort(num_tokens)[-batch_size:].sum())
-    weights = size.linear * (NF4_BYTES if quantized else 2) + size.other * 2 + size.trained * ADAM_BYTES
+    model = size.linear * (NF4_BYTES if quantized else 2) + size.other * 2 + size.trained * ADAM_BYTES
     layer = longest * size.hidden * 2 * LAYER_VALUES
     inputs = longest * size.hidden * 2 * size.layers
-    memory, without = weights + inputs + layer, weights + layer * size.layers
+    memory, without = model + inputs + layer, model + layer * size.layers
     hours = {
         card: (operations + reference_operations) / (rate * 1e12 * SHARE) / 3600
         for card, (room, rate) in CARDS.items()

@@ -9,9 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.filters import CONTRADICTORY, DUPLICATE, LEAKED, NEAR_DUPLICATE, NEARLY_LEAKED
+from lit_dpo.data.findings import Finding
 from lit_dpo.data.loading import Loaded
 from lit_dpo.data.pairs import PairDataset, as_digests
-from lit_dpo.data.preparation import Finding, counts
+from lit_dpo.data.preparation import counts
 
 BINS = 24  # of a histogram
 SAMPLE = 1000  # pairs whose special tokens are looked at
@@ -159,18 +160,25 @@ class _Columns:
         lists = self._data.column(name).slice(self.start, self.end - self.start)
         return np.asarray(pc.list_value_length(lists).to_numpy(), np.int64)
 
-    def ends(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First, last and total of the numbers in each list of a column; 0 for an empty list."""
+    def at(self, name: str, place: int) -> np.ndarray:
+        """The number at a place in each list of a column, from the end if negative; 0 where there is none."""
+        lengths = self.lengths(name)
+        there = lengths > place if place >= 0 else lengths >= -place
+        stops = lengths.cumsum()
+        places = stops - lengths + place if place >= 0 else stops + place
+        return np.asarray(np.where(there, self._flat(name)[np.where(there, places, -1)], 0))
+
+    def sums(self, name: str) -> np.ndarray:
+        """The sum of the numbers in each list of a column."""
+        lengths = self.lengths(name)
+        stops, sums = lengths.cumsum(), np.append(0, self._flat(name)[:-1].cumsum())
+        return np.asarray(sums[stops] - sums[stops - lengths])
+
+    def _flat(self, name: str) -> np.ndarray:
+        """The numbers of all lists, and a 0 after them."""
         import pyarrow.compute as pc
 
-        lists = self[name]
-        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = np.append(pc.list_flatten(lists).to_numpy(zero_copy_only=False), 0)
-        stops = lengths.cumsum()
-        some = lengths > 0
-        first, last = (np.where(some, flat[np.minimum(at, len(flat) - 1)], 0) for at in (stops - lengths, stops - 1))
-        sums = np.append(0, np.cumsum(flat))
-        return first, last, sums[stops] - sums[stops - lengths]
+        return np.append(pc.list_flatten(self[name]).to_numpy(zero_copy_only=False), 0)
 
 
 def facts_of(loaded: Loaded) -> list[SourceFacts]:
@@ -216,12 +224,12 @@ def _facts(
             set_findings[SET_FINDINGS[finding.what]] = len(own)
             if finding.action == "drop":
                 left_out[finding.what] = LeftOut(len(own), int(own[0]), _example(rows, int(own[0])))
-    best, worst, _ = columns.ends("scores")
+    best, worst = columns.at("scores", 0), columns.at("scores", -1)
     scored = columns.lengths("scores") > 0
-    prompt, _, whole = columns.ends("full_lengths")
+    prompt, full_chosen, full_rejected = (columns.at("full_lengths", place) for place in (0, 1, -1))
     responses = columns.lengths("full_lengths") > 1
     chosen, rejected = columns.lengths("chosen"), columns.lengths("rejected")
-    full_chosen, full_rejected = _second_and_last(columns["full_lengths"])
+    full_responses = columns.sums("full_lengths") - prompt
     num_tokens = columns["num_tokens"].to_numpy()
     cut_prompt = kept & (columns.lengths("prompt") < prompt)
     _, repeats = np.unique(as_digests(columns["prompt_key"])[kept], return_counts=True)
@@ -251,7 +259,7 @@ def _facts(
         chosen_lengths=Distribution.of(full_chosen[responses]),
         rejected_lengths=Distribution.of(full_rejected[responses]),
         cut_prompts=int(cut_prompt.sum()),
-        cut_responses=int((kept & (num_tokens - columns.lengths("prompt") < whole - prompt)).sum()),
+        cut_responses=int((kept & (num_tokens - columns.lengths("prompt") < full_responses)).sum()),
         tokens=int(num_tokens[kept].sum()),
         longest_pair=int(num_tokens[kept].max(initial=0)),
         found=set_findings,
@@ -285,8 +293,8 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
         return [(str(tokenizer.decode([one])), yes, one in special) for one, yes in zip(ids, trained, strict=True)]
 
     parts = [Part("prompt", shown(middle.prompt, [False] * len(middle.prompt)))]
-    for number, (kind, ids) in enumerate((("chosen", middle.chosen), ("rejected", middle.rejected))):
-        runs = middle.runs[-number] if middle.runs else (len(ids),)
+    for kind, ids, place in (("chosen", middle.chosen, 0), ("rejected", middle.rejected, -1)):
+        runs = middle.runs[place] if middle.runs else (len(ids),)
         trained = [turn % 2 == 0 for turn, run in enumerate(runs) for _ in range(run)]
         parts.append(Part(kind, shown(ids, trained)))
     return TemplateFacts(
@@ -297,17 +305,6 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
         example=parts,
         **counted,
     )
-
-
-def _second_and_last(lists: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The second and the last number of each list; 0 where there is none."""
-    import pyarrow.compute as pc
-
-    lengths = np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
-    flat = np.append(pc.list_flatten(lists).to_numpy(zero_copy_only=False), 0)
-    stops = lengths.cumsum()
-    second = np.where(lengths > 1, flat[np.minimum(stops - lengths + 1, len(flat) - 1)], 0)
-    return second, np.where(lengths > 1, flat[np.minimum(stops - 1, len(flat) - 1)], 0)
 
 
 def _example(rows: Any, number: int, most: int = 300) -> str:

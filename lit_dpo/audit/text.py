@@ -70,7 +70,7 @@ def cost_rows(cost: Cost) -> list[tuple[str, str]]:
         ("operations, with reference", f"{cost.operations + cost.reference_operations:.2e}"),
         ("memory of the longest batch", f"about {cost.memory / 1e9:.1f} GB"),
         ("  without recomputation", f"about {cost.memory_without_recomputation / 1e9:.1f} GB"),
-        ("time, at 40 % of a card's rate", hours),
+        ("least time, at 40 % of its rate", hours),
     ]
 
 

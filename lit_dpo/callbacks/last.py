@@ -64,16 +64,19 @@ class LastCheckpoint(Checkpoint):
             received = int(trainer.strategy.reduce(number, reduce_op="max"))
         if received:
             raise _exception(received)
-        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if ends:
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save(trainer)
         elif trainer.global_step % self.every_n_steps == 0:
             self._try_to_save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of a full epoch, so that a run with more epochs can continue from there."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        if trainer.current_epoch + 1 == trainer.max_epochs:
             self._save(trainer)
+        else:
+            self._try_to_save(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

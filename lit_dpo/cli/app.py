@@ -137,7 +137,7 @@ class DPOCLI(LightningCLI):
         with new_classes_start_afresh():
             self.config = parser.parse_args(self._args)
         if command in LIKE_FIT and self.config[command].ckpt_path is not None:
-            raise ValueError(f"{command} reads no checkpoint: leave ckpt_path out.")
+            raise ValueError(f"{command} reads no checkpoint. If a configuration file sets one, add --ckpt_path null.")
         if command is None or command in OWN:
             return
         final = self.config[command].get("ckpt_path")

@@ -46,7 +46,7 @@ def with_checkpoint_of_run(args: list[str], command: str) -> list[str]:
             f"--ckpt_path {wanted}: no run of the name {name!r} has left one under runs/{name}. --run_name gives "
             "another name; a checkpoint elsewhere is given by its path."
         )
-    rank_zero_info(f"--ckpt_path {wanted}: {found or 'there is none yet, so the run starts'}.")
+    rank_zero_info(f"--ckpt_path {wanted}: {found or f'there is none under runs/{name} yet, so the run starts'}.")
     return [*args, "--ckpt_path", str(found or "null")]
 
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.filters import Filters
+from lit_dpo.data.findings import Finding, leave_out, leave_out_leaks
 from lit_dpo.data.formats import Reader
 from lit_dpo.data.mixture import Source
 from lit_dpo.data.pairs import PairDataset, Part
-from lit_dpo.data.preparation import Finding, OnBadRow, Preparation, leave_out, leave_out_leaks, prepare_pairs
+from lit_dpo.data.preparation import OnBadRow, Preparation, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.sources import EVAL_SPLITS, TRAIN_SPLITS, SplitNotFoundError, load_rows, stream_rows
 from lit_dpo.data.stream import PairStream, StreamSource
@@ -121,12 +122,13 @@ class PairLoading:
         if not held_out:
             report.append(f"{absent[0]} None are needed, because trainer.limit_val_batches=0.")
             stream = self._stream(template, None) if trains and self.buffer_size is not None else None
+            report += [] if stream is None else stream.first_rows()
             return Loaded(train, None, report, findings, rows, stream=stream)
         val, more, of_held_out = self._joined(held_out, rows, progress_bar)
         report += absent + more
         if trains and self.buffer_size is not None:
             stream = self._stream(template, val)
-            report = [f"{stream.source}: streamed", *report]
+            report = [*stream.first_rows(), *report]
             return Loaded(None, val.mixed(), report, findings, rows, of_held_out, stream)
         if train is not None:
             train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)

@@ -1,6 +1,7 @@
 """Sources that exceed the disk ──► batches without end. Rows are shuffled in a buffer and tokenized on the way."""
 
 import collections
+import itertools
 import json
 import lzma
 import random
@@ -38,7 +39,7 @@ class Progress(NamedTuple):
     worker: int  # of the rank
     passes: int  # over all sources that are complete
     rows: int  # taken from the buffer since the pass began
-    left_out: tuple[tuple[str, int], ...]  # rows since the stream was opened, by source and reason
+    told: tuple[tuple[str, int], ...]  # what is to be told, and of how many rows since the stream was opened
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PairStream(IterableDataset[PairBatch]):
         own = (worker + self.first_worker) % workers
         shard, shards = self.rank * workers + own, self.num_replicas * workers
         passes, done = self.resume_at.get(own, (0, 0))
-        left_out: collections.Counter[str] = collections.Counter()
+        told: collections.Counter[str] = collections.Counter()
         pairs: list[TokenizedPair] = []
         while True:
             found, taken = 0, 0
@@ -121,31 +122,49 @@ class PairStream(IterableDataset[PairBatch]):
                 if taken <= done:
                     found = 1  # a pass that was begun had its pairs
                     continue
-                pair = self._pair(source, number, load(), left_out)
+                pair = self._pair(source, number, load(), told)
                 if pair is None:
                     continue
                 found += 1
                 pairs.append(pair)
                 if len(pairs) == self.batch_size:
                     batch = PairBatch.from_pairs(pairs)
-                    state = Progress(own, passes, taken, tuple(sorted(left_out.items())))
+                    state = Progress(own, passes, taken, tuple(sorted(told.items())))
                     yield StreamBatch(**vars(batch), progress=state)
                     pairs = []
             if not found:
-                raise ValueError("\n".join(["The stream has no usable pair.", *report(left_out)]))
+                share = f"share {shard + 1} of {shards}"
+                raise ValueError("\n".join([f"{self.source}: {share} has no usable pair.", *report(told)]))
             passes, done = passes + 1, 0
 
+    def first_rows(self) -> list[str]:
+        """Lines about the first row of each source: its format, and the columns that are not read.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        lines = []
+        for source in self.sources:
+            for number, load in itertools.islice(_rows(source.rows, source.place, 0, 1), 1):
+                columns = source.prepare.row(load(), number)
+                lines.append(f"{source.place}: its first row is read as: {columns['format']}")
+                if columns["unread"]:
+                    lines.append(f"{source.place}: columns that are not read: {', '.join(sorted(columns['unread']))}")
+        return lines
+
     def _pair(
-        self, source: StreamSource, number: int, row: dict[str, Any], left_out: "collections.Counter[str]"
+        self, source: StreamSource, number: int, row: dict[str, Any], told: "collections.Counter[str]"
     ) -> TokenizedPair | None:
         """The pair of a row; None if it is left out."""
         columns = source.prepare.row(row, number)
         reason = columns["reason"]
         if not reason and columns["prompt_key"].rstrip(b"\0") in self.held_out:
             reason = LEAKED
+        told.update(f"{source.place}: column that is not read: {name}" for name in columns["unread"])
         if reason:
-            left_out[f"{source.place}\t{reason}"] += 1
+            told[f"{source.place}: left out: {reason}"] += 1
             return None
+        told.update(f"{source.place}: {note}" for note in columns["notes"])
         scores = tuple(columns["scores"])
         if self.needs_scores and (not scores or scores[0] < scores[-1]):
             what = "has no scores" if not scores else "has scores that contradict its order"
@@ -187,13 +206,13 @@ class PairStream(IterableDataset[PairBatch]):
                 yield (self.sources[number], *row)
 
 
-def report(left_out: Mapping[str, int]) -> list[str]:
-    """Lines about rows that were left out.
+def report(told: Mapping[str, int]) -> list[str]:
+    """Lines about the rows of a stream.
 
     Args:
-        left_out: Numbers of rows by source and reason, as in ``Progress``.
+        told: What is to be told, and of how many rows, as in ``Progress``.
     """
-    return [f"{key.replace(chr(9), ': left out rows: ')}: {count}" for key, count in sorted(left_out.items())]
+    return [f"{what} ({count} row{'s'[: count != 1]})" for what, count in sorted(told.items())]
 
 
 def _rows(rows: Any, place: str, shard: int, shards: int) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:

@@ -100,7 +100,7 @@ class StreamPosition:
         self.num_workers = num_workers
         self._last: dict[int, Progress] = {}  # of each worker
         self._next_worker = 0
-        self._left_out: collections.Counter[str] = collections.Counter()  # before the stream was opened anew
+        self._told: collections.Counter[str] = collections.Counter()  # before the stream was opened anew
 
     @property
     def order(self) -> Order:
@@ -142,8 +142,8 @@ class StreamPosition:
     def _collect(self) -> None:
         """Moves the counts of the workers to those of the run."""
         for worker, progress in self._last.items():
-            self._left_out.update(dict(progress.left_out))
-            self._last[worker] = progress._replace(left_out=())
+            self._told.update(dict(progress.told))
+            self._last[worker] = progress._replace(told=())
 
     def note(self, batch: Any) -> None:
         """Notes a batch that is about to be trained on."""
@@ -157,10 +157,10 @@ class StreamPosition:
         return {"workers": gather_objects(trainer, own), "next_worker": self._next_worker}
 
     def report(self) -> list[str]:
-        """Lines about the rows that this rank has left out in this run. They are told once."""
+        """Lines about the rows that this rank has read in this run. They are told once."""
         self._collect()
-        found = report(self._left_out)
-        self._left_out.clear()
+        found = report(self._told)
+        self._told.clear()
         others = self.ranks["num_replicas"] - 1
         where = f" (on this process; {others} more read other rows)" if others else ""
         return [line + where for line in found]

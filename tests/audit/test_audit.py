@@ -261,7 +261,7 @@ def test_the_command_ends_with_status_1_on_an_error(tiny: list[str], tmp_path: P
 def test_the_configuration_of_a_run_can_be_audited(tiny: list[str]) -> None:
     main(["fit", *tiny, "--trainer.max_steps", "1", "--samples.num_prompts", "0"])
     main(["audit", "--config", "runs/dpo/version_0/config.yaml"])
-    with pytest.raises(ValueError, match="audit reads no checkpoint"):
+    with pytest.raises(ValueError, match="reads no checkpoint. If a configuration file sets one, add --ckpt_path null"):
         main(["audit", *tiny, "--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"])
 
 

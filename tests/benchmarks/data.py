@@ -22,8 +22,9 @@ from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data import preparation
 from lit_dpo.data.encoding import Encoder
 from lit_dpo.data.filters import Filters
+from lit_dpo.data.findings import leave_out
 from lit_dpo.data.pairs import PairDataset, Part
-from lit_dpo.data.preparation import cache_features, leave_out, prepare_pairs
+from lit_dpo.data.preparation import cache_features, prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 

@@ -478,7 +478,7 @@ def test_a_run_goes_on_where_its_name_left_off(tiny: list[str], caplog: pytest.L
     Path("mine.yaml").write_text("ckpt_path: auto\ntrainer:\n  max_epochs: 1\n")
     options = [*tiny, "--samples.num_prompts", "0"]
     main(["fit", "--config", "mine.yaml", *options])
-    assert "there is none yet, so the run starts" in caplog.text
+    assert "there is none under runs/mine yet, so the run starts" in caplog.text
     main(["fit", "--config", "mine.yaml", *options, "--trainer.max_epochs", "2"])
     first, second = (f"runs/mine/version_{number}/checkpoints" for number in (0, 1))
     assert f"--ckpt_path auto: {first}/last.ckpt" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_dpo.data.encoding import BOUNDARIES, Encoder
+from lit_dpo.data.encoding import Encoder
 
 WORDS = (
     "It's 3,141.59 o'clock; we'll see... Don't! (Really?) «Très bien» naïve Zoë — 你好,世界。今日は  tabs\tand\r\n"
@@ -136,7 +136,6 @@ def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     text = "one two three four five " + "x" * 100
     assert encode(text) == encode.tokenizer(text)["input_ids"]
     assert len(encode.known) <= 3
-    assert len(BOUNDARIES) > 1
 
 
 class Lowering(PreTrainedTokenizerFast):

@@ -6,8 +6,9 @@ from datasets import Dataset
 
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data.filters import AGAINST, CONTRADICTORY, DUPLICATE, LEAKED, TIED, Filters
+from lit_dpo.data.findings import leave_out
 from lit_dpo.data.formats import Reader
-from lit_dpo.data.preparation import leave_out, prepare_pairs
+from lit_dpo.data.preparation import prepare_pairs
 from lit_dpo.data.rendering import ChatTemplate
 from lit_dpo.data.tokenization import Truncation
 from tests.tiny import made_up_rows, tiny_tokenizer

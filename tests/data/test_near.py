@@ -96,7 +96,7 @@ def test_prompts_nearly_held_out_are_leaks() -> None:
 
 
 def test_real_rows(ultrafeedback: Path) -> None:
-    """The estimate finds what a comparison of all pairs finds."""
+    """Different pairs are none of them near; the same pairs again all are."""
     rows = Dataset.from_json(str(ultrafeedback / "test_prefs.jsonl"))
     pairs = prepare_pairs(rows, "x", TEMPLATE, Truncation(4096))[0]
     assert not near_duplicates(pairs, 0.7).any()

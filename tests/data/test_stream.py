@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.data.loader import batch_loader
 from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.rendering import CONTROL_TOKENS
 from lit_dpo.data.stream import PairStream, StreamBatch, report
 from lit_dpo.reference.cache import CachedReference
 from tests.tiny import made_up_rows, tiny_tokenizer, write_jsonl
@@ -139,13 +140,27 @@ def test_what_is_left_out_is_counted_and_held_out_prompts_are_not_trained_on() -
     stream.plan(batch_size=9, seed=0)
     first, second = taken(stream, 2)
     assert [row for _, row in first.origins] == [0, 1, 2, 3, 4, 5, 7, 8, 9]
-    assert report(dict(second.progress.left_out)) == [
-        "the data set in memory: left out rows: identical responses: 2",
-        "the data set in memory: left out rows: prompt also held out: 1",
+    assert report(dict(second.progress.told)) == [
+        "the data set in memory: left out: identical responses (2 rows)",
+        "the data set in memory: left out: prompt also held out (1 row)",
     ]
     kept = stream_of(Dataset.from_list(rows), shuffle=False, filters={"leaks": "keep"})
     kept.plan(batch_size=10, seed=0)
     assert [row for _, row in taken(kept, 1)[0].origins][-1] == 10
+
+
+def test_columns_and_notes_are_told() -> None:
+    rows = [{"prompt": f"why {n}?", "chosen": "a<|im_end|>", "rejected": "b", "model": "m"} for n in range(4)]
+    stream = stream_of(Dataset.from_list(rows))
+    assert stream.first_rows() == [
+        "the data set in memory: its first row is read as: chosen and rejected",
+        "the data set in memory: columns that are not read: model",
+    ]
+    stream.plan(batch_size=4, seed=0)
+    assert report(dict(taken(stream, 1)[0].progress.told)) == [
+        f"the data set in memory: {CONTROL_TOKENS} (4 rows)",
+        "the data set in memory: column that is not read: model (4 rows)",
+    ]
 
 
 def test_bad_rows_stop_the_stream_by_name(tmp_path: Path) -> None:
@@ -157,7 +172,7 @@ def test_bad_rows_stop_the_stream_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.jsonl, row 0: no column 'chosen'"):
         taken(stream_of(other), 1)
     same = {**ROWS[0], "chosen": ROWS[0]["rejected"]}
-    with pytest.raises(ValueError, match=r"no usable pair(.|\n)*identical responses: 2"):
+    with pytest.raises(ValueError, match=r"share 1 of 1 has no usable pair(.|\n)*identical responses \(2 rows\)"):
         taken(stream_of(Dataset.from_list([same, same])), 1)
     scored = stream_of(Dataset.from_list(ROWS[:4]))
     scored.require_scores("ODPO")
@@ -279,7 +294,7 @@ def test_each_epoch_goes_on_where_the_one_before_it_ended(
     trainer.fit(DPOModule(tiny_base, quantization=None, lora=LORA), data)
     assert len(seen.rows) == 3 * 4 * 2
     assert sorted(set(seen.rows)) == list(range(23)), "one row of 23 comes again, in the second pass"
-    assert caplog.text.count("left out rows: identical responses: 1") == 1
+    assert caplog.text.count("left out: identical responses (1 row)") == 1
 
 
 def test_files_shorter_than_the_number_of_shards(tmp_path: Path) -> None:

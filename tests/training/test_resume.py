@@ -33,7 +33,8 @@ class SaveAt(LastCheckpoint):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / f"step{self.step}.ckpt", weights_only=False)
 
-    _try_to_save = _save
+    def _try_to_save(self, trainer: Trainer) -> None:
+        self._save(trainer)
 
 
 def run(
