@@ -25,14 +25,16 @@ from lit_dpo.reference import AnotherModel, MovingReference, Reference
 from lit_dpo.reference.choice import ReferenceChoice, check_choice, open_reference
 from lit_dpo.reference.precompute import ReferencePass, shows_progress
 from lit_dpo.training.accumulation import window_weight
+from lit_dpo.training.agreement import Together
 from lit_dpo.training.checkpoint import fitting_weights, keep_trained, move_weights
 from lit_dpo.training.finite import FiniteSteps, OnNonfinite
 from lit_dpo.training.hyperparameters import plain_hyperparameters, trust_overrides
 from lit_dpo.training.logging import LoggedMeans
 from lit_dpo.training.metrics import PreferenceMetrics
-from lit_dpo.training.requirements import check_data, checked_placement
+from lit_dpo.training.requirements import Placement, check_data, checked_placement
 from lit_dpo.training.resume import ExactResume
 from lit_dpo.training.schedule import LRSchedule, warmup_scheduler
+from lit_dpo.training.sharded import KeepInStep
 from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
@@ -125,10 +127,8 @@ class DPOModule(LightningModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Adds a batch to the held-out metrics."""
-        reference = self.reference.logps(batch)
-        policy = self.policy.logps(batch)
-        losses = self.objective(policy, reference)
-        self.record(self.eval_metrics, batch, losses, policy, reference)
+        policy, reference = self.policy.logps(batch), self.reference.logps(batch)
+        self.record(self.eval_metrics, batch, self.objective(policy, reference), policy, reference)
 
     test_step = validation_step
 
@@ -160,27 +160,26 @@ class DPOModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the policy on this rank's device, once."""
         vars(self).pop("reference", None)  # another Trainer may compute in another precision
-        dtype, device = checked_placement(self._trainer, quantized=self.quantization is not None)
+        placement = checked_placement(self._trainer, quantized=self.quantization is not None)
         if "policy" not in self._modules:
-            self.build_policy(dtype, device)
+            self.build_policy(placement)
 
-    def build_policy(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Loads base and adapters, with base weights and matrix products in ``dtype``."""
+    def build_policy(self, placement: Placement) -> None:
+        """Loads base and adapters."""
+        dtype = self._matmul_dtype = placement.dtype
         quantization = quantization_for(self.quantization, dtype)
         model = load_policy(
             self.base,
             quantization=quantization,
             lora=self.lora,
             adapter=self.adapter,
-            dtype=dtype,
-            device=device,
             moving=isinstance(self.reference_choice, MovingReference),
             progress_bar=shows_progress(self._trainer),
+            **placement._asdict(),
             **self.repository,
         )
         statistics = self.token_metrics or self.objective.uses_statistics
         self.policy = Policy(model, self.layout, self.gradient_checkpointing, statistics)
-        self._matmul_dtype = dtype
         rank_zero_info(f"Policy: {self.base}, {self.policy.summary()}, base in {describe(quantization, dtype)}.")
 
     @cached_property
@@ -204,7 +203,8 @@ class DPOModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that the module adds to every Trainer."""
-        return [ReferencePass(), FiniteSteps(self.on_nonfinite), ExactResume(), LoggedMeans()]
+        finite = FiniteSteps(self.on_nonfinite)
+        return [ReferencePass(), finite, ExactResume(), Together(), KeepInStep(), LoggedMeans()]
 
     def setup(self, stage: str) -> None:
         """Checks that the data has what the objective uses."""

@@ -22,14 +22,15 @@ class ComparisonSamples(Callback):
         self.num_prompts, self.max_new_tokens = num_prompts, max_new_tokens
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generates on the first rank, while the others wait."""
+        """Generates on the first rank, while the others wait. All take part where the base is split over them."""
         folder = run_dir(trainer)
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
-        if self.num_prompts > 0 and pairs is not None and trainer.is_global_zero:
-            module: Any = pl_module
+        module: Any = pl_module
+        if self.num_prompts > 0 and pairs is not None and (trainer.is_global_zero or module.policy.sharded):
             prompts = [Prompt(*pairs.prompt(index)) for index in range(min(self.num_prompts, len(pairs)))]
             comparisons = compare(module.policy, module.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
-            say(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "samples.md").write_text(markdown(comparisons), encoding="utf-8")
+            if trainer.is_global_zero:
+                say(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "samples.md").write_text(markdown(comparisons), encoding="utf-8")
         trainer.strategy.barrier("samples")

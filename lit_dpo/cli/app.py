@@ -163,6 +163,11 @@ class DPOCLI(LightningCLI):
         if config.trainer.precision is None:
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
             config.trainer.precision = precision_for(torch.device("cuda" if on_gpu else "cpu"))
+        if isinstance(config.trainer.strategy, str) and "." in config.trainer.strategy:
+            raise ValueError(
+                f"trainer.strategy={config.trainer.strategy}: a class is given in a configuration file, by class_path "
+                "and init_args. On the command line, give a name: ddp, sharded, ddp_fork or sharded_fork."
+            )
         if config.run_name is None:
             config.run_name = run_name([str(file) for file in config.get("config") or []])
 

@@ -110,7 +110,12 @@ def _answers(
     )
     # compilation does not pay for one token at a time
     with torch.compiler.set_stance("force_eager"), float16_autocast(policy.model):
-        outputs = policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        outputs = policy.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            synced_gpus=policy.sharded,  # all processes take part until the last of them has its answers
+        )
     answers = []
     for tokens in outputs[:, width:].tolist():
         finished = any(token in ends for token in tokens)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_dpo.base.names import BaseModelError, resolve_base
@@ -11,6 +12,7 @@ from lit_dpo.files.console import library_bars
 from lit_dpo.policy.adapters import TRAINED_ADAPTER, add_adapters, disable_dropout
 from lit_dpo.policy.lora import fuse_adapters
 from lit_dpo.policy.precision import disable_repacking, keep_residuals_in_float32
+from lit_dpo.policy.sharding import shard_base
 
 
 def load_policy(
@@ -21,6 +23,7 @@ def load_policy(
     adapter: str | None,
     dtype: torch.dtype,
     device: torch.device,
+    mesh: DeviceMesh | None = None,
     moving: bool = False,
     progress_bar: bool = True,
     gguf_file: str | None = None,
@@ -36,6 +39,7 @@ def load_policy(
         adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is loaded as ``reference``.
         dtype: Type of all base weights that are not quantized.
         device: Device to load the model to.
+        mesh: Processes over which the frozen weights are split; None for whole weights on each.
         moving: Whether to add a copy of the adapters that follows the trained ones.
         progress_bar: Whether to show a progress bar while the weights load.
         gguf_file: Name of a GGUF file inside a hub repository.
@@ -44,8 +48,13 @@ def load_policy(
 
     Raises:
         BaseModelError: If the base cannot be loaded.
-        ValueError: If ``check_lora`` refuses the adapters.
+        ValueError: If ``check_lora`` refuses the adapters, or if 8-bit weights would have to be split.
     """
+    if mesh is not None and quantization is not None and quantization.load_in_8bit:
+        raise ValueError(
+            "trainer.strategy=sharded does not split 8-bit weights. Use model.quantization=nf4 or null, or "
+            "trainer.strategy=ddp."
+        )
     name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
@@ -54,7 +63,7 @@ def load_policy(
                 name,
                 dtype=dtype,
                 quantization_config=quantization,
-                device_map={"": device},
+                device_map={"": device if mesh is None else "cpu"},
                 trust_remote_code=trust_remote_code,
                 **options,
             )
@@ -69,4 +78,6 @@ def load_policy(
     peft_model.peft_config[TRAINED_ADAPTER].base_model_name_or_path = name
     peft_model.peft_config[TRAINED_ADAPTER].revision = revision
     fuse_adapters(peft_model)
+    if mesh is not None:
+        shard_base(peft_model, mesh, device)
     return peft_model.train()

@@ -122,6 +122,8 @@ def _is_plain(layer: Any, adapters: list[str], dtype: torch.dtype) -> bool:
 def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight (quantized or not) and bias of the base layer."""
     base = layer.get_base_layer()
+    if getattr(base, "quant_state", None) is not None:
+        base.weight.quant_state = base.quant_state  # FSDP2 gathers a sharded weight into a parameter without it
     return base.weight, None if base.bias is None else base.bias.to(dtype)
 
 

@@ -18,6 +18,7 @@ from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttention
 from lit_dpo.policy.execution import Recomputation, Switch, compile_layers
 from lit_dpo.policy.logprobs import TokenLogps, gather_logps, token_logps
 from lit_dpo.policy.precision import float16_autocast
+from lit_dpo.policy.sharding import is_sharded, num_parameters
 
 Layout: TypeAlias = Literal["auto", "flat", "padded"]
 
@@ -43,7 +44,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.statistics = model, statistics
         self.recomputation = Recomputation(model, recompute)
-        self.compiled = False
+        self.compiled, self.sharded = False, is_sharded(model)
         self.flat = layout != "padded"
         if not self.flat:
             return
@@ -59,7 +60,7 @@ class Policy(nn.Module):
 
     def summary(self) -> str:
         """The numbers of parameters and the layout, in one line."""
-        trainable, total = self.model.get_nb_trainable_parameters()
+        trainable, total = num_parameters(self.model)
         layout = "flat" if self.flat else "padded"
         return f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters train, {layout} layout"
 
@@ -73,6 +74,12 @@ class Policy(nn.Module):
             device = batch.input_ids.device
             self.recomputation.prepare(self._num_computed(batch), device, lambda: self._probe(device))
         return self._flat_logps(batch, statistics) if self.flat else self._padded_logps(batch, statistics)
+
+    def keep_in_step(self, num_batches: int) -> None:
+        """Takes part in gathering the weights of ``num_batches`` batches that only other processes compute."""
+        with torch.no_grad():
+            for _ in range(num_batches if self.sharded else 0):
+                self.token_logps(self._small_batch(self.model.device))
 
     def compile_layers(self) -> None:
         """Compiles the layers, which fuses elementwise operations. This takes half a minute at the first batches."""

@@ -9,6 +9,7 @@ and truncation, because the token ids already depend on them.
 """
 
 import hashlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,11 @@ class CachedReference(Reference):
         found = [self._find(key) for key in batch.keys]
         known = [logps for logps in found if logps is not None]
         if len(known) < len(found):
+            if self.initial.policy.sharded:
+                raise ValueError(
+                    "trainer.strategy=sharded needs the cached log-probs of all pairs before they are used, but these "
+                    "come from a stream or from data of your own. Set model.reference=live."
+                )
             return batch.sum_responses(self._compute(batch))
         return batch.sum_responses(torch.cat(known).to(batch.input_ids.device, non_blocking=True))
 
@@ -125,11 +131,12 @@ class CachedReference(Reference):
             self._read()  # reads shards of other ranks, so that all ranks miss the same pairs
             barrier()
             missing = [indices[position] for position in self.missing(keys)]
-            batches: list[list[int]] = []
+            work: list[list[int]] = []
             if missing:
                 # The padded layout computes the model's own logits, which take far more memory.
                 limit = BATCH_TOKENS if self.initial.policy.flat else BATCH_TOKENS // 8
-                batches = list(_by_length(missing, pairs.num_tokens(missing), limit))[number::parts]
+                work = list(_by_length(missing, pairs.num_tokens(missing), limit))
+            batches = work[number::parts]
             total = sum(map(len, batches))
             try:
                 with tqdm(
@@ -138,6 +145,7 @@ class CachedReference(Reference):
                     for batch in batches:
                         self._compute(PairBatch.from_pairs([pairs.pair(index) for index in batch]).to(self._device))
                         bar.update(len(batch))
+                self.initial.keep_in_step(math.ceil(len(work) / parts) - len(batches))
             finally:
                 self.save()
             computed += total

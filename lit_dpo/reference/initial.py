@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.objectives import PairLogps
-from lit_dpo.policy.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER, belongs_to
+from lit_dpo.policy.adapters import REFERENCE_ADAPTER
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.sharding import weights_digest
 from lit_dpo.reference.base import Reference
 
 FORMAT_VERSION = 1  # increase it when the log-probs of the same pair and model, or the format of a shard, change
@@ -30,6 +31,10 @@ class InitialPolicy(Reference):
 
     def release(self) -> None:
         """Called when all log-probs are on disk, to free memory. Does nothing here: the policy is in training."""
+
+    def keep_in_step(self, num_batches: int) -> None:
+        """Called for batches that other processes compute and this one does not."""
+        self.policy.keep_in_step(num_batches)
 
     def logps(self, batch: PairBatch) -> PairLogps:
         """Log-probs of P pairs, without gradients."""
@@ -60,12 +65,8 @@ class InitialPolicy(Reference):
             if REFERENCE_ADAPTER in model.peft_config
             else None,
         }
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=_plain).encode(), digest_size=16)
-        for name, tensor in sorted(model.state_dict().items()):
-            if not belongs_to(name, TRAINED_ADAPTER):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        text = json.dumps(settings, sort_keys=True, default=_plain) + weights_digest(model)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _processor(device: torch.device) -> str:

@@ -1,17 +1,26 @@
 """Checks before anything is computed: objective and data, the Trainer's strategy, callbacks that average weights."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lit_dpo.objectives import Objective
 from lit_dpo.policy.precision import dtype_for, precision_for
 
 TESTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+class Placement(NamedTuple):
+    """Where and in which type the policy computes."""
+
+    dtype: torch.dtype  # of matrix products
+    device: torch.device  # of this process
+    mesh: DeviceMesh | None = None  # the processes over which the base is split
 
 
 def check_data(objective: Objective, data: Any, stage: str) -> None:
@@ -39,8 +48,8 @@ def check_data(objective: Objective, data: Any, stage: str) -> None:
                 pairs.require_scores(name)
 
 
-def checked_placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.dtype, torch.device]:
-    """The type of the matrix products, and the device of this rank.
+def checked_placement(trainer: Trainer | None, quantized: bool) -> Placement:
+    """Where this rank computes, and in which type.
 
     Args:
         trainer: The Trainer; None for a module without one (``load_from_checkpoint``, or a script that only generates).
@@ -51,9 +60,10 @@ def checked_placement(trainer: Trainer | None, quantized: bool) -> tuple[torch.d
     """
     if trainer is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return dtype_for(precision_for(device)), device
+        return Placement(dtype_for(precision_for(device)), device)
     check_trainer(trainer, quantized)
-    return dtype_for(trainer.precision), trainer.strategy.root_device
+    strategy = trainer.strategy
+    return Placement(dtype_for(trainer.precision), strategy.root_device, getattr(strategy, "mesh", None))
 
 
 def check_trainer(trainer: Trainer, quantized: bool) -> None:
@@ -66,8 +76,8 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
     if kind not in TESTED_STRATEGIES:
         raise ValueError(
             f"trainer.strategy {type(trainer.strategy).__name__} is not supported: it has not been tested, and a "
-            "strategy that shards weights could silently train each rank separately. Use one device, or "
-            "trainer.strategy=ddp."
+            "strategy that shards weights could silently train each rank separately. Use one device, "
+            "trainer.strategy=ddp or, if the base does not fit on one GPU, trainer.strategy=sharded."
         )
     for callback in getattr(trainer, "callbacks", []):
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):

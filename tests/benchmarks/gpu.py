@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ PARTS = ("tests", "profile", "speed", "longest")
 # architecture, precision, pairs in a batch, recomputation, batches timed, sides
 SPEED = [
     ("qwen2.5-7b", "bf16-mixed", 8, True, 3, "lit_dpo trl_best trl_defaults"),
-    ("qwen2.5-0.5b", "bf16-mixed", 8, False, 6, "lit_dpo trl_best trl_defaults"),
-    ("qwen2.5-7b", "bf16-mixed", 1, False, 12, "lit_dpo trl_best trl_defaults"),
+    ("qwen2.5-0.5b", "bf16-mixed", 8, False, 6, "lit_dpo lit_dpo_compiled trl_best trl_defaults"),
+    ("qwen2.5-7b", "bf16-mixed", 1, False, 12, "lit_dpo lit_dpo_compiled trl_best trl_defaults"),
     ("qwen2.5-7b", "bf16-mixed", 8, False, 3, "lit_dpo trl_defaults"),
     ("qwen2.5-0.5b", "bf16-mixed", 1, False, 16, "lit_dpo trl_best trl_defaults"),
     ("qwen2.5-7b", "16-mixed", 8, True, 3, "lit_dpo trl_defaults"),
@@ -141,9 +142,8 @@ class Bench:
         """Speed and memory of each side, in turns."""
         rates: dict[tuple[str, str], float] = {}
         cases = TINY if self.arguments.tiny else SPEED
-        for number, (architecture, precision, batch_size, recompute, batches, sides) in enumerate(cases):
-            if self.arguments.cases and number not in self.arguments.cases:
-                continue
+        for number in self.arguments.cases or range(len(cases)):
+            architecture, precision, batch_size, recompute, batches, sides = cases[number]
             case = {"case": number, "architecture": architecture, "precision": precision, "batch_size": batch_size}
             case["recompute"] = recompute
             results = {}
@@ -157,9 +157,12 @@ class Bench:
                 start = time.monotonic()
                 held = release(self.device)
                 try:
-                    result = run_lit_dpo(task) if side == "lit_dpo" else run_trl(task, best=side == "trl_best")
+                    result = run_side(task, side)
                 except torch.OutOfMemoryError:
                     say("speed", **case, side=side, failed="out of memory")
+                    continue
+                except Exception as error:  # the other cases still count
+                    say("speed", **case, side=side, failed=f"{type(error).__name__}: {error}"[:2000])
                     continue
                 results[side] = result
                 losses = result.pop("losses")
@@ -219,6 +222,13 @@ class Bench:
         seconds = time.perf_counter() - start
         policy.zero_grad()
         return seconds, torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
+
+
+def run_side(task: Task, side: str) -> dict[str, Any]:
+    """One measured run of a side."""
+    if side.startswith("lit_dpo"):
+        return run_lit_dpo(replace(task, compile=side == "lit_dpo_compiled"))
+    return run_trl(task, best=side == "trl_best")
 
 
 class Watch(Callback):
