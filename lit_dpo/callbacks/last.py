@@ -1,7 +1,8 @@
-"""LastCheckpoint: ``checkpoints/last.ckpt`` always holds the latest state, also after Ctrl-C or SIGTERM."""
+"""LastCheckpoint: ``checkpoints/last.ckpt`` always holds the latest state, also after Ctrl-C or a signal."""
 
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,43 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.training.checkpoint import save_checkpoint, try_to_save_checkpoint
-from lit_dpo.training.interruption import Terminated, is_interruption
+from lit_dpo.training.interruption import NAMES, SIGUSR1, Terminated, asks_to_requeue, is_interruption, requeue
 from lit_dpo.training.run_dir import run_dir
 from lit_dpo.training.step import OptimizerStep
 
+DUE = 1  # less than the number of any signal that ends a run
+
 
 class LastCheckpoint(Checkpoint):
-    """Saves ``checkpoints/last.ckpt`` every few steps, at the end of an epoch or of the run, and on Ctrl-C or SIGTERM.
+    """Saves ``checkpoints/last.ckpt`` every few steps, at the end of an epoch or of the run, and when a signal ends it.
 
     The first Ctrl-C lets the optimizer step finish, so that a resumed run continues exactly from there. A second Ctrl-C
-    stops at once and leaves the previous checkpoint. SIGTERM, which job schedulers send, also lets the step finish. The
-    process then exits with status 143. Before the first training batch, and during an evaluation on one process, both
-    signals stop the run at once.
+    stops at once and leaves the previous checkpoint. SIGTERM and SIGUSR1, which job schedulers send, also let the step
+    finish. The process then exits with status 143 or 138. Under SLURM, SIGUSR1 also requeues the job. Before the first
+    training batch, and during an evaluation on one process, all of them stop the run at once.
 
     Args:
-        every_n_steps: Number of optimizer steps between two checkpoints.
+        every_n_steps: Number of optimizer steps between two checkpoints; null for no such checkpoints.
+        every_minutes: Also save when the last checkpoint is older than this.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
+    def __init__(self, every_n_steps: int | None = 50, every_minutes: float | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"last.every_n_steps must be at least 1, not {every_n_steps}.")
-        self.every_n_steps = every_n_steps
+        if every_minutes is not None and every_minutes <= 0:
+            raise ValueError(f"last.every_minutes must be above 0, not {every_minutes}.")
+        self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
+        self._saved = time.monotonic()
         self._received: int | None = None  # the signal that asked to stop
         self._training = False
         self._consistent = True  # False in the middle of an optimizer step: a checkpoint has no gradients
         self._step = OptimizerStep()
         self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes SIGUSR1 before Lightning does, whose handler saves in the middle of a step, to another folder."""
+        if stage == "fit":
+            self._install(*([SIGUSR1] if SIGUSR1 else []))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
@@ -58,16 +70,22 @@ class LastCheckpoint(Checkpoint):
         if not self._step.is_complete(trainer):
             return
         self._consistent = True
-        received = self._received or 0
-        if trainer.world_size > 1:  # maybe only one rank received it; SIGTERM has the larger number
+        due = self.every_minutes is not None and time.monotonic() - self._saved > 60 * self.every_minutes
+        received = self._received or (DUE if due else 0)
+        if trainer.world_size > 1:  # maybe only one rank received it; SIGTERM has the largest number
             number = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(number, reduce_op="max"))
-        if received:
+        if received > DUE:
             raise _exception(received)
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save(trainer)
-        elif trainer.global_step % self.every_n_steps == 0:
+        elif received == DUE or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._try_to_save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves if an evaluation ends the run, such as by EarlyStopping in the middle of an epoch."""
+        if trainer.should_stop and self._training and trainer.state.fn == "fit":
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of a full epoch, so that a run with more epochs can continue from there."""
@@ -92,28 +110,38 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if the run was interrupted between two steps, and says where the checkpoint is."""
         self._restore()
-        if is_interruption(exception) and trainer.state.fn == "fit" and trainer.global_step > 0:
-            path = self._path(trainer)
-            if self._consistent:
-                self._save(trainer)
-            elif not path.exists():
-                rank_zero_info("Stopped during an optimizer step. No checkpoint has been saved yet.")
-                return
-            state = f"after {trainer.global_step} optimizer steps" if self._consistent else "in the middle of a step"
-            rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nResume with: --ckpt_path {path}")
+        if is_interruption(exception) and trainer.state.fn == "fit":
+            if trainer.global_step > 0:
+                self._save_interrupted(trainer)
+            if asks_to_requeue(exception) and trainer.is_global_zero:
+                rank_zero_info(requeue())
+
+    def _save_interrupted(self, trainer: Trainer) -> None:
+        """Saves if the run is between two steps, and says where the checkpoint is."""
+        path = self._path(trainer)
+        if self._consistent:
+            self._save(trainer)
+        elif not path.exists():
+            rank_zero_info("Stopped during an optimizer step. No checkpoint has been saved yet.")
+            return
+        state = f"after {trainer.global_step} optimizer steps" if self._consistent else "in the middle of a step"
+        rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nResume with: --ckpt_path {path}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._training or (self._received and number == signal.SIGINT):
             raise _exception(number)
-        self._received = max(self._received or 0, number)  # SIGTERM takes precedence over SIGINT
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self._received = max(self._received or 0, number)  # SIGTERM takes precedence
         again = " Press it again to stop at once." if number == signal.SIGINT else ""
-        rank_zero_info(f"\n{name}: finishing the optimizer step, then saving.{again}")
+        rank_zero_info(f"\n{NAMES[signal.Signals(number)]}: finishing the optimizer step, then saving.{again}")
 
-    def _install(self) -> None:
-        if not self._handlers and threading.current_thread() is threading.main_thread():
+    def _install(self, *numbers: int) -> None:
+        """Installs the handler of some signals, by default of all."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if not self._handlers:
             self._received, self._training, self._consistent = None, False, True
-            for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers or NAMES:
+            if number not in self._handlers:
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _restore(self) -> None:
@@ -126,11 +154,13 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         save_checkpoint(trainer, self._path(trainer))
+        self._saved = time.monotonic()
 
     def _try_to_save(self, trainer: Trainer) -> None:
         try_to_save_checkpoint(trainer, self._path(trainer))
+        self._saved = time.monotonic()
 
 
 def _exception(number: int) -> BaseException:
     """The exception that a signal raises."""
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_dpo import objectives
 from lit_dpo.reference import AnotherModel, MovingReference
 from lit_dpo.training.hyperparameters import asks_for_trust, without_trust
+from lit_dpo.training.interruption import is_requeued
 
 OF_RUN = ("last", "best", "auto")  # names of checkpoints in the folder of the run
 LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves itself
@@ -31,12 +32,14 @@ def given_checkpoint(args: list[str], command: str) -> str | None:
 def with_checkpoint_of_run(args: list[str], command: str) -> list[str]:
     """The arguments with ``last``, ``best`` or ``auto`` replaced by the newest such checkpoint of the run's name.
 
-    ``auto`` is ``last`` if there is one, and no checkpoint if there is none.
+    ``auto`` is ``last`` if there is one, and no checkpoint if there is none. A SLURM job that runs again is given it.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
     """
     wanted = _last_given(args, command, "ckpt_path")
+    if command == "fit" and wanted in (None, "null") and is_requeued():
+        wanted = "auto"
     if wanted not in OF_RUN:
         return args
     name = _last_given(args, command, "run_name") or run_name(_configs(args))

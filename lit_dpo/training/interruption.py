@@ -1,13 +1,55 @@
-"""Ctrl-C and SIGTERM end a run early. Callbacks can tell them from errors."""
+"""Signals that end a run early. Callbacks can tell them from errors."""
+
+import os
+import re
+import signal
+import subprocess
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+SIGUSR1 = getattr(signal, "SIGUSR1", None)  # POSIX only
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"} | ({SIGUSR1: "SIGUSR1"} if SIGUSR1 else {})
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended the run after its optimizer step. The process exits with status 143, as is usual for SIGTERM."""
+    """A signal ended the run after its optimizer step. The process exits with status 128 + number, as is usual.
 
-    def __init__(self) -> None:
-        super().__init__(128 + 15)
+    Attributes:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
+        self.number = number
 
 
 def is_interruption(exception: BaseException) -> bool:
-    """Whether a run was stopped from outside, by Ctrl-C or SIGTERM, and not by an error."""
+    """Whether a run was stopped from outside, by Ctrl-C or a signal, and not by an error."""
     return isinstance(exception, KeyboardInterrupt | Terminated)
+
+
+def asks_to_requeue(exception: BaseException) -> bool:
+    """Whether SLURM is about to end the job and shall run it again: SIGUSR1, as ``#SBATCH --signal`` sends it."""
+    return isinstance(exception, Terminated) and exception.number == SIGUSR1 and SLURMEnvironment.detect()
+
+
+def is_requeued() -> bool:
+    """Whether this is a SLURM job that runs again."""
+    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def requeue() -> str:
+    """Asks SLURM to run this job again. Returns a line that tells what came of it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(r"\d+(_\d+)?", job):
+        return f"The job is not requeued: {job!r} is not the number of a SLURM job."
+    try:
+        # SLURM puts scontrol on the path, and the job's number was checked.
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except OSError as error:
+        return f"The job is not requeued: {error}."
+    if done.returncode:
+        return f"The job is not requeued: scontrol says {done.stderr.strip()!r}."
+    return f"SLURM runs job {job} again. It goes on from the checkpoint."

@@ -674,22 +674,45 @@ def assert_saved_and_goes_on(tiny: list[str]) -> None:
     assert torch.load("runs/dpo/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == int(epochs) * 4
 
 
-def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(tiny: list[str]) -> None:
+def end_by_signal(arguments: list[str], number: signal.Signals) -> int:
+    """Sends a signal to a run in another process once it trains; gives its exit status."""
     process = os.fork()  # all libraries are imported already
     if not process:
-        log = os.open("log", os.O_CREAT | os.O_WRONLY)
-        os.dup2(log, 1), os.dup2(log, 2)
         try:
-            main(["fit", *tiny, *LONG])
+            main(arguments)
         except SystemExit as end:
             os._exit(end.code)  # type: ignore[arg-type]
         finally:
             os._exit(99)
-    interrupt_once_it_trains(process, signal.SIGTERM)
+    interrupt_once_it_trains(process, number)
     _, status = os.waitpid(process, 0)
-    assert "Traceback" not in Path("log").read_text()
-    assert os.waitstatus_to_exitcode(status) == 143
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(tiny: list[str]) -> None:
+    assert end_by_signal(["fit", *tiny, *LONG], signal.SIGTERM) == 143
     assert_saved_and_goes_on(tiny)
+
+
+def test_slurm_requeues_a_job_which_then_goes_on(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"NTASKS": "1", "JOB_ID": "17", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "dpo"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    Path("bin").mkdir()
+    scontrol = Path("bin/scontrol")
+    scontrol.write_text('#!/bin/sh\necho "$@" > asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert end_by_signal(["fit", *tiny, *LONG], signal.SIGUSR1) == 138
+    assert Path("asked").read_text() == "requeue 17\n"
+    assert not list(Path().glob("hpc*"))
+    step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main(["fit", *tiny, "--trainer.max_epochs", str(step // 4 + 2), "--samples.num_prompts", "0"])
+    last = torch.load("runs/dpo/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == (step // 4 + 2) * 4
+    first = min(row["step"] for row in metrics(Path("runs/dpo/version_1")) if "train/loss" in row)
+    assert first in (step, step + 1), "the steps before are not repeated"
 
 
 def test_ctrl_c_saves_and_goes_on_from_there(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
