@@ -20,7 +20,7 @@ from lit_dpo.data.preparation import OnBadRow
 from lit_dpo.data.sampler import EvalSampler
 from lit_dpo.data.stream import PairStream
 from lit_dpo.data.tokenization import Overlong, Truncation
-from lit_dpo.training.position import EpochPosition, Position, StreamPosition, check_order
+from lit_dpo.training.position import EpochPosition, Position, State, StreamPosition, fitted_position
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -135,7 +135,7 @@ class PreferenceDataModule(LightningDataModule):
         self.train_pairs: PairDataset | PairStream | None = None
         self.val_pairs: PairDataset | None = None
         self.position: Position | None = None
-        self._stored: dict[str, Any] | None = None  # a checkpoint's position
+        self._stored: State | None = None  # a checkpoint's position
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
         filters = asdict(self.loading.filters)  # type: ignore[assignment]
         objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
@@ -159,8 +159,7 @@ class PreferenceDataModule(LightningDataModule):
                 "trainer.overfit_batches would replace the sampler. To see the same batches again and again, set "
                 "trainer.limit_train_batches and data.shuffle=false."
             )
-        check_order(self._stored, self.position.order)
-        return self.position.loader(self.trainer, self._stored, **self._loading_options())
+        return self.position.loader(self.trainer, self.resumed_position(), **self._loading_options())
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
         """Batches that contain every held-out pair once."""
@@ -197,6 +196,11 @@ class PreferenceDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets the position in the training data to resume from."""
         self._stored = state_dict
+
+    def resumed_position(self) -> State | None:
+        """The checkpoint's position as this run takes it; None without a checkpoint."""
+        self._stored = fitted_position(self.position, self._stored, self.trainer)
+        return self._stored
 
     def _load(self, trains: bool) -> list[str]:
         """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per fact."""

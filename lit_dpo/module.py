@@ -23,18 +23,15 @@ from lit_dpo.policy.policy import Layout, Policy
 from lit_dpo.policy.precision import Quantization, describe, dtype_for, quantization_for
 from lit_dpo.reference import AnotherModel, MovingReference, Reference
 from lit_dpo.reference.choice import ReferenceChoice, check_choice, open_reference
-from lit_dpo.reference.precompute import ReferencePass, shows_progress
+from lit_dpo.reference.precompute import shows_progress
 from lit_dpo.training.accumulation import window_weight
-from lit_dpo.training.agreement import Together
 from lit_dpo.training.checkpoint import fitting_weights, keep_trained, move_weights
-from lit_dpo.training.finite import FiniteSteps, OnNonfinite
+from lit_dpo.training.finite import OnNonfinite
 from lit_dpo.training.hyperparameters import plain_hyperparameters, trust_overrides
-from lit_dpo.training.logging import LoggedMeans
 from lit_dpo.training.metrics import PreferenceMetrics
+from lit_dpo.training.own_callbacks import own_callbacks
 from lit_dpo.training.requirements import Placement, check_data, checked_placement
-from lit_dpo.training.resume import ExactResume
 from lit_dpo.training.schedule import LRSchedule, warmup_scheduler
-from lit_dpo.training.sharded import KeepInStep
 from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
@@ -64,6 +61,7 @@ class DPOModule(LightningModule):
         token_metrics: Also log ``entropy`` and ``mean_token_accuracy``. They need more passes over the vocabulary.
         layout: ``flat`` computes each prompt once, without padding. ``padded`` uses one row per response. ``auto`` is
             ``flat`` if the model gives the same log-probs in both layouts, else ``padded``.
+        allow_mismatch: Whether a run may resume from a checkpoint of another base, quantization, tokenizer or data.
         gguf_file: Name of a GGUF file inside a hub repository.
         revision: Revision of the hub repository.
         trust_remote_code: Whether to run model code that comes with the repository. A checkpoint never sets it.
@@ -94,6 +92,7 @@ class DPOModule(LightningModule):
         on_nonfinite: OnNonfinite = "stop",
         token_metrics: bool = False,
         layout: Layout = "auto",
+        allow_mismatch: bool = False,
         gguf_file: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -109,7 +108,7 @@ class DPOModule(LightningModule):
         self.reference_choice: ReferenceChoice = reference
         check_choice(reference, self.objective)
         self.layout, self.gradient_checkpointing, self.compilation = layout, gradient_checkpointing, compile
-        self.on_nonfinite, self.token_metrics = on_nonfinite, token_metrics
+        self.on_nonfinite, self.token_metrics, self.allow_mismatch = on_nonfinite, token_metrics, allow_mismatch
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.step = OptimizerStep()  # the step in progress
         self.strict_loading = False  # a checkpoint has no base weights; load_state_dict checks the keys
@@ -203,8 +202,7 @@ class DPOModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that the module adds to every Trainer."""
-        finite = FiniteSteps(self.on_nonfinite)
-        return [ReferencePass(), finite, ExactResume(), Together(), KeepInStep(), LoggedMeans()]
+        return own_callbacks(self.on_nonfinite)
 
     def setup(self, stage: str) -> None:
         """Checks that the data has what the objective uses."""

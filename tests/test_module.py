@@ -15,6 +15,7 @@ from lit_dpo.files.cache import cache_dir
 from lit_dpo.objectives import IPO, LDDPO, ODPO, RPO, SFT, WPO, AlphaDivergence, JensenShannon, Mixture, Sigmoid
 from lit_dpo.reference import InitialPolicy
 from lit_dpo.training.checkpoint import kept_names
+from lit_dpo.training.requirements import Placement
 from tests.closeness import LOSS, TINY, assert_same
 from tests.tiny import random_batch
 
@@ -71,7 +72,7 @@ def test_the_first_loss_is_ln_2(tiny_base: str, pairs_file: str, quantization: A
 
 def test_the_reference_is_bit_identical_after_training(tiny_base: str, pairs_file: str) -> None:
     model, datamodule = module(tiny_base, quantization="nf4", reference="live"), data(pairs_file)
-    model.build_policy(torch.float32, torch.device("cpu"))
+    model.build_policy(Placement(torch.float32, torch.device("cpu")))
     datamodule.tokenizer = model.tokenizer
     datamodule.setup("fit")
     assert datamodule.val_pairs is not None
@@ -106,7 +107,7 @@ def test_accumulation_equals_one_large_batch_and_a_short_last_window_weighs_righ
 
     # The same by hand: one gradient step on the mean over each window.
     plain, datamodule = module(tiny_base), data(pairs_file, shuffle=False)
-    plain.build_policy(torch.float32, torch.device("cpu"))
+    plain.build_policy(Placement(torch.float32, torch.device("cpu")))
     datamodule.tokenizer = plain.tokenizer
     datamodule.setup("fit")
     assert datamodule.train_pairs is not None
@@ -243,7 +244,7 @@ def test_nested_objectives_survive_a_checkpoint(
     tiny_base: str, pairs_file: str, tmp_path: Path, objective: Any
 ) -> None:
     model = module(tiny_base, objective=objective)
-    model.build_policy(torch.float32, torch.device("cpu"))
+    model.build_policy(Placement(torch.float32, torch.device("cpu")))
     checkpoint = {
         "state_dict": {name: value for name, value in model.state_dict().items() if name in kept_names(model)},
         "hyper_parameters": {**model.hparams},
@@ -257,12 +258,12 @@ def test_nested_objectives_survive_a_checkpoint(
 def test_the_users_compute_type_is_kept_and_the_object_untouched(tiny_base: str) -> None:
     own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = module(tiny_base, quantization=own)
-    model.build_policy(torch.float32, torch.device("cpu"))
+    model.build_policy(Placement(torch.float32, torch.device("cpu")))
     layers = [layer for layer in model.modules() if hasattr(layer, "compute_dtype")]
     assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
     following = module(tiny_base)
     following.quantization = BitsAndBytesConfig(load_in_4bit=True)
-    following.build_policy(torch.bfloat16, torch.device("cpu"))
+    following.build_policy(Placement(torch.bfloat16, torch.device("cpu")))
     assert following.quantization.bnb_4bit_compute_dtype == torch.float32
     assert {m.compute_dtype for m in following.modules() if hasattr(m, "compute_dtype")} == {torch.bfloat16}
 

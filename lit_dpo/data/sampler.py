@@ -45,7 +45,7 @@ class PairSampler(DistributedSampler[list[int]]):
         self.parts = _parts(dataset)
         self.num_pairs = sum(round(weight * len(pairs)) for pairs, weight in self.parts)  # in an epoch
         self.batch_size = batch_size
-        self.resume_at = (-1, 0)  # an epoch, and the number of its batches already done
+        self.resume_at = (-1, 0)  # an epoch, and the number of its pairs already done
         for pairs, weight in self.parts:
             if round(weight * len(pairs)) == 0:
                 raise ValueError(f"A source of {len(pairs)} pairs with weight {weight:g} gives none to an epoch.")
@@ -67,6 +67,14 @@ class PairSampler(DistributedSampler[list[int]]):
         """Number of batches in a whole epoch."""
         return self.num_pairs // (self.batch_size * self.num_replicas)
 
+    def first_batch(self, epoch: int) -> int:
+        """The index of the first batch of an epoch: not 0 if a run resumes in the middle of it.
+
+        Batches are counted from the end, because those before may have had another size.
+        """
+        done = self.resume_at[1] if epoch == self.resume_at[0] else 0
+        return len(self) - (self.num_pairs - done) // (self.batch_size * self.num_replicas)
+
     def order(self, epoch: int) -> Tensor:
         """The pairs of an epoch, in order. Each run of ``num_replicas * batch_size`` pairs is a global batch."""
         if all(weight == 1 for _, weight in self.parts):
@@ -86,9 +94,9 @@ class PairSampler(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.epoch)
-        epoch, done = self.resume_at
+        order = order[self.resume_at[1] :] if self.epoch == self.resume_at[0] else order
         size = self.num_replicas * self.batch_size
-        for batch in range(done if epoch == self.epoch else 0, len(self)):
+        for batch in range(len(order) // size):
             pairs = order[batch * size : (batch + 1) * size].tolist()
             if self.num_replicas > 1 and hasattr(self.dataset, "num_tokens"):
                 yield share(pairs, self.dataset.num_tokens(pairs), self.num_replicas)[self.rank]

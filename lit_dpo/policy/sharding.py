@@ -37,6 +37,7 @@ def shard_base(model: PeftModel, mesh: DeviceMesh, device: torch.device) -> None
             "transformers marks as such. Use trainer.strategy=ddp."
         )
     model.whole_digest = weights_digest(model)  # a part of the weights tells neither
+    model.whole_base_digest = base_digest(model)
     model.whole_size = model.get_nb_trainable_parameters()
     for layer in layers:
         _store_packed_as_floats(layer)
@@ -78,6 +79,27 @@ def num_parameters(model: PeftModel) -> tuple[int, int]:
     """The numbers of trained and of all parameters. Packed 4-bit weights count as what they stand for."""
     trained, total = getattr(model, "whole_size", None) or model.get_nb_trainable_parameters()
     return int(trained), int(total)
+
+
+@torch.no_grad()
+def base_digest(model: PeftModel) -> str:
+    """A quick digest of a base: type and shape of each weight, and its first and last numbers.
+
+    Numbers count in bfloat16, so that a base loaded in another type is the same.
+    """
+    known = getattr(model, "whole_base_digest", None)
+    if known is not None:
+        return str(known)
+    names, ends = [], []
+    for name, tensor in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            names.append(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}")
+            flat = tensor.detach().flatten()
+            both = torch.cat([flat[:64], flat[-64:]])
+            ends.append((both.bfloat16() if both.is_floating_point() else both).view(torch.uint8))
+    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8)
+    digest.update(torch.cat(ends).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weights_digest(model: PeftModel) -> str:

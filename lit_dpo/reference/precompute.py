@@ -102,8 +102,8 @@ def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[in
     used = torch.zeros(len(sampler.dataset), dtype=torch.bool)  # type: ignore[arg-type]
     while left > 0 and epoch != trainer.max_epochs and not used.all():
         done = sampler.resume_at[1] if sampler.resume_at[0] == epoch else 0
-        batches = int(min(per_epoch - done, left))
-        used[sampler.order(epoch)[done * size : (done + batches) * size]] = True
+        batches = int(min(per_epoch - sampler.first_batch(epoch), left))
+        used[sampler.order(epoch)[done : done + batches * size]] = True
         left -= batches
         epoch += 1
     return used.nonzero()[:, 0].tolist()

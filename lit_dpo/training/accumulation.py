@@ -1,16 +1,21 @@
-"""Gradient accumulation: the loss is the mean over all pairs of a window, even if the last window is short."""
+"""Gradient accumulation: the loss is the mean over all pairs of a window, even if the window is short."""
 
 from lightning.pytorch import Trainer
 
+from lit_dpo.data.sampler import PairSampler
+
 
 def window_weight(trainer: Trainer, batch_idx: int) -> float:
-    """The factor on a batch's loss that corrects Lightning's division in a short last window.
+    """The factor on a batch's loss that corrects Lightning's division in a short window.
 
-    Lightning divides each loss by A = ``accumulate_grad_batches``, even in a last window of n < A batches. The factor
-    is A / n in that window, and 1 in all others.
+    Lightning divides each loss by A = ``accumulate_grad_batches``, even in a window of n < A batches: the last of an
+    epoch, or the first after a run resumed with another size of batches. The factor is A / n.
     """
     accumulate, num_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     if num_batches == float("inf"):
         return 1.0
-    last_window = int(num_batches) % accumulate
-    return accumulate / last_window if batch_idx >= num_batches - last_window else 1.0
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    first = sampler.first_batch(trainer.current_epoch) if isinstance(sampler, PairSampler) else 0
+    start = max(batch_idx // accumulate * accumulate, first)
+    end = min((batch_idx // accumulate + 1) * accumulate, int(num_batches))
+    return accumulate / (end - start)

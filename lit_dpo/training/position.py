@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.batch import PairBatch
@@ -20,7 +21,9 @@ from lit_dpo.training.ranks import gather_objects
 
 Order: TypeAlias = Mapping[str, int | bool | str]
 State: TypeAlias = Mapping[str, Any]  # what a checkpoint keeps
-STATE = ("epoch", "batches", "workers", "next_worker")  # its keys that are not of the order
+ACCUMULATE = "batches in a step"
+STATE = ("epoch", "pairs", "batches", "workers", "next_worker", ACCUMULATE)  # its keys that are not of the order
+PER_BATCH = "pairs in a batch over all processes"
 
 
 class EpochPosition:
@@ -36,6 +39,7 @@ class EpochPosition:
 
     def __init__(self, pairs: PairDataset, batch_size: int, seed: int, shuffle: bool, ranks: dict[str, int]) -> None:
         self.pairs, self.batch_size, self.seed, self.shuffle, self.ranks = pairs, batch_size, seed, shuffle, ranks
+        self._sampler: PairSampler | None = None  # of the training
 
     @property
     def order(self) -> Order:
@@ -45,39 +49,59 @@ class EpochPosition:
             "number of pairs": len(self.pairs),
             "digest of the pairs": hashlib.blake2b(keys, digest_size=8).hexdigest(),
             "weights of the sources": ", ".join(f"{part.weight:g}" for part in self.pairs.parts),
-            "pairs in a batch over all processes": self.batch_size * self.ranks["num_replicas"],
+            PER_BATCH: self.batch_size * self.ranks["num_replicas"],
             "data.seed": self.seed,
             "data.shuffle": self.shuffle,
         }
 
-    def loader(self, trainer: Trainer | None, stored: State | None, **options: Any) -> DataLoader[PairBatch]:
-        """The batches of each epoch, after a stored position."""
+    def sampler(self, stored: State | None) -> PairSampler:
+        """The order of all epochs, of which the first begins at a stored position."""
         sampler = PairSampler(
             self.pairs, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed, **self.ranks
         )
         if stored is not None:
-            sampler.resume_at = (stored["epoch"], stored["batches"])
+            sampler.resume_at = (stored["epoch"], stored["pairs"])
             sampler.set_epoch(stored["epoch"])
-        return batch_loader(self.pairs, sampler, seed=self.seed, **options)
+        return sampler
+
+    def loader(self, trainer: Trainer | None, stored: State | None, **options: Any) -> DataLoader[PairBatch]:
+        """The batches of each epoch, after a stored position."""
+        self._sampler = self.sampler(stored)
+        return batch_loader(self.pairs, self._sampler, seed=self.seed, **options)
+
+    def fitted(self, stored: State, differing: list[str], allow_mismatch: bool) -> State | None:
+        """A stored position as this run takes it, where what the order depends on differs.
+
+        Another size of batches goes on with the pairs that are left. With ``allow_mismatch``, other pairs begin the
+        epoch anew. At the beginning of an epoch nothing has to fit.
+        """
+        same_pairs = all(name.startswith(PER_BATCH) for name in differing)
+        if stored["pairs"] and not same_pairs:
+            if not allow_mismatch:
+                return None
+            stored = {**stored, "pairs": 0}
+        where = f"goes on after {stored['pairs']} pairs of its epoch" if stored["pairs"] else "begins an epoch"
+        rank_zero_warn(
+            f"The data is not that of the checkpoint: {', '.join(differing)}. The run {where}, but not bit for bit."
+        )
+        return stored
 
     def note(self, batch: Any) -> None:
         """Does nothing: Lightning counts the batches."""
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
-        """The epoch, and the number of its batches already trained on."""
+        """The epoch, and the number of its pairs already trained on."""
         loop: Any = trainer.fit_loop
         epochs = loop.epoch_progress.current
         progress = loop.epoch_loop.batch_progress
         # Between two epochs the batch count is still that of the first.
-        between = epochs.processed == epochs.started or progress.is_last_batch
-        return (
-            {"epoch": epochs.started, "batches": 0}
-            if between
-            else {
-                "epoch": epochs.processed,
-                "batches": progress.current.processed,
-            }
-        )
+        if epochs.processed == epochs.started or progress.is_last_batch:
+            return {"epoch": epochs.started, "pairs": 0, ACCUMULATE: trainer.accumulate_grad_batches}
+        epoch, sampler = epochs.processed, self._sampler or self.sampler(None)
+        before = sampler.resume_at[1] if sampler.resume_at[0] == epoch else 0
+        batches = progress.current.processed - sampler.first_batch(epoch)
+        done = before + batches * self.batch_size * self.ranks["num_replicas"]
+        return {"epoch": epoch, "pairs": done, ACCUMULATE: trainer.accumulate_grad_batches}
 
     def report(self) -> list[str]:
         """Nothing: what was left out has been told."""
@@ -128,6 +152,13 @@ class StreamPosition:
             self._next_worker = stored["next_worker"]
         return batch_loader(self.pairs, None, seed=self.seed, before_each=self._plan, **options)
 
+    def fitted(self, stored: State, differing: list[str], allow_mismatch: bool) -> State | None:
+        """With ``allow_mismatch``, the beginning of the stream, where what the order depends on differs."""
+        if not allow_mismatch:
+            return None
+        rank_zero_warn(f"The stream is not that of the checkpoint: {', '.join(differing)}. So it begins anew.")
+        return {"workers": [{}] * self.ranks["num_replicas"], "next_worker": 0}
+
     def _plan(self) -> None:
         """Lets the stream go on after the last batch that was trained on. Batches read ahead are read again."""
         self._collect()
@@ -169,17 +200,28 @@ class StreamPosition:
 Position = EpochPosition | StreamPosition
 
 
-def check_order(stored: State | None, order: Order) -> None:
-    """Checks that a checkpoint's position fits the order of this run.
+def fitted_position(position: Position | None, stored: State | None, trainer: Trainer | None) -> State | None:
+    """A checkpoint's position as this run takes it.
 
     Raises:
-        ValueError: If something that the order depends on differs.
+        ValueError: If it does not fit, because what the order depends on differs.
     """
-    before = {name: value for name, value in (stored or {}).items() if name not in STATE}
+    if stored is None or position is None:
+        return None
+    if "batches" in stored:  # format 1 counted batches
+        stored = {**stored, "pairs": stored["batches"] * stored[PER_BATCH]}
+    order = position.order
+    before = {name: value for name, value in stored.items() if name not in STATE}
     differing = [
         f"{name} was {value} and is now {order.get(name)}" for name, value in before.items() if order.get(name) != value
     ]
-    if differing:
+    if not differing:
+        return stored
+    allow_mismatch = getattr(trainer and trainer.lightning_module, "allow_mismatch", False)
+    fitted = position.fitted(stored, differing, bool(allow_mismatch))
+    if fitted is None:
         raise ValueError(
-            f"The checkpoint's position in the training data does not fit this run: {', '.join(differing)}."
+            f"The checkpoint's position in the training data does not fit this run: {', '.join(differing)}. If that is "
+            "meant, set model.allow_mismatch=true: the epoch, or the stream, then begins anew."
         )
+    return {name: value for name, value in fitted.items() if name in STATE} | dict(order)

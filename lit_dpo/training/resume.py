@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_dpo.training.hyperparameters import plain_optimizer
+from lit_dpo.training.position import ACCUMULATE, PER_BATCH, EpochPosition
 from lit_dpo.training.ranks import gather_objects
 
 Group = dict[str, Any]
@@ -25,6 +26,7 @@ class ExactResume(Callback):
         self._fresh_states: list[dict[Any, Any]] = []  # for each optimizer, its state before the first step
         self._random_states: list[Any] | None = None
         self._stored_optimizer: str | None = None
+        self._step_ratio = 1.0  # steps of this run for one of the checkpoint's
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the random states of all ranks, and the class and settings of the optimizer."""
@@ -36,6 +38,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the checkpoint's random states and optimizer class until training starts."""
         self._random_states = checkpoint.get("random_states")
+        self._step_ratio = fit_batches(trainer, checkpoint) if trainer.state.fn == "fit" else 1.0
         self._stored_optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", {}).get("class_path")
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -64,6 +67,33 @@ class ExactResume(Callback):
                 optimizer.state.clear()
                 optimizer.state.update(state)
             apply_settings(optimizer, groups, schedulers.get(id(optimizer)))
+        for config in trainer.lr_scheduler_configs:
+            if self._step_ratio != 1 and config.interval == "step" and trainer.max_steps < 0:
+                config.scheduler.last_epoch = round(config.scheduler.last_epoch * self._step_ratio)
+
+
+def fit_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> float:
+    """Fits the stored count of batches to this run's size of batches, in place.
+
+    Returns:
+        The number of this run's optimizer steps that take as many pairs as one of the checkpoint's.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    position = getattr(data, "position", None)
+    if not isinstance(position, EpochPosition):
+        return 1.0
+    was = checkpoint.get(type(data).__qualname__, {})
+    stored, fit_loop = data.resumed_position(), checkpoint["loops"]["fit_loop"]
+    if stored is None:
+        return 1.0
+    epochs, batches = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]
+    first = position.sampler(stored).first_batch(stored["epoch"])
+    amid = epochs["processed"] < epochs["started"] and not batches["is_last_batch"]
+    if amid:
+        ahead = first - batches["current"]["processed"]
+        batches["current"].update({name: count + ahead for name, count in batches["current"].items()})
+    accumulate = was.get(ACCUMULATE, trainer.accumulate_grad_batches)
+    return float(was[PER_BATCH] * accumulate / (position.order[PER_BATCH] * trainer.accumulate_grad_batches))
 
 
 def close_epoch(fit_loop: dict[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from lit_dpo import PreferenceDataModule
 from lit_dpo.data.mixture import is_plain, sources_of
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import PairSampler
-from lit_dpo.training.position import check_order
+from lit_dpo.training.position import fitted_position
 from tests.tiny import made_up_rows, tiny_tokenizer, write_jsonl
 
 ROWS = made_up_rows(40)
@@ -149,16 +149,19 @@ def test_names_are_the_last_part_of_the_source() -> None:
 
 def test_a_checkpoint_of_other_weights_does_not_fit(tmp_path: Path) -> None:
     path = files(tmp_path, a=ROWS[:5], b=ROWS[5:15])
-    orders = []
+    positions: list[Any] = []
     for weight, rows in ((1, path["b"]), (2, path["b"]), (1, path["a"])):
         data, _ = loaded(source=[{"source": path["a"], "weight": weight}, {"source": rows, "name": "b"}], val_size=2)
         assert data.position is not None
-        orders.append(data.position.order)
-    check_order(orders[0], orders[0])
+        positions.append(data.position)
+    stored = {**positions[0].order, "epoch": 1, "pairs": 4}
+    assert fitted_position(positions[0], stored, None) == stored
     with pytest.raises(ValueError, match=r"weights of the sources was 1, 1 and is now 2, 1"):
-        check_order(orders[0], orders[1])
+        fitted_position(positions[1], stored, None)
     with pytest.raises(ValueError, match=r"digest of the pairs was"):
-        check_order({**orders[0], "number of pairs": orders[2]["number of pairs"]}, orders[2])
+        fitted_position(positions[2], {**stored, "number of pairs": len(positions[2].pairs)}, None)
+    with pytest.warns(UserWarning, match=r"weights of the sources .*The run begins an epoch, but not bit for bit"):
+        fitted_position(positions[1], {**stored, "pairs": 0}, None)
 
 
 def test_a_weight_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

@@ -32,10 +32,26 @@ def test_two_ranks_train_on_what_one_process_with_twice_the_batch_trains_on() ->
 def test_a_resumed_epoch_goes_on_where_it_was_and_the_next_one_is_whole() -> None:
     sampler = PairSampler(PAIRS, batch_size=4)
     whole, following = epoch(sampler, 2), epoch(sampler, 3)
-    sampler.resume_at = (2, 3)
+    sampler.resume_at = (2, 12)
     assert epoch(sampler, 2) == whole[3:]
     assert epoch(sampler, 3) == following
     assert len(sampler) == 5, "the length is that of a whole epoch"
+    assert (sampler.first_batch(2), sampler.first_batch(3)) == (3, 0)
+
+
+@pytest.mark.parametrize(("batch_size", "replicas", "first", "left"), [(2, 1, 6, 5), (3, 2, 2, 1), (8, 1, 1, 1)])
+def test_an_epoch_goes_on_with_the_pairs_not_yet_seen_in_other_batches(
+    batch_size: int, replicas: int, first: int, left: int
+) -> None:
+    whole = PairSampler(PAIRS, batch_size=4).order(2).tolist()
+    ranks = [PairSampler(PAIRS, batch_size=batch_size, num_replicas=replicas, rank=rank) for rank in range(replicas)]
+    for sampler in ranks:
+        sampler.resume_at = (2, 12)
+        assert sampler.first_batch(2) == first
+    seen = [
+        pair for batches in zip(*(epoch(sampler, 2) for sampler in ranks), strict=True) for b in batches for pair in b
+    ]
+    assert seen == whole[12 : 12 + left * batch_size * replicas]
 
 
 def test_too_few_pairs_are_refused() -> None:

@@ -28,6 +28,7 @@ from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.precision import NF4
 from lit_dpo.reference import InitialPolicy
 from lit_dpo.training.metrics import PreferenceMetrics
+from lit_dpo.training.requirements import Placement
 from tests.closeness import SMOLLM2, assert_same
 from tests.conftest import EMBEDDED, REPOSITORY
 from tests.parity.record_trl import (
@@ -87,7 +88,7 @@ def our_steps(rows: list[dict[str, Any]], objective: Objective) -> list[float]:
         warmup=0.0,
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
     )
-    module.build_policy(torch.float32, torch.device("cpu"))
+    module.build_policy(Placement(torch.float32, torch.device("cpu")))
     wake_adapters(module.model, 0.0)
     data = PreferenceDataModule(
         Dataset.from_list(rows),

@@ -19,6 +19,7 @@ from lit_dpo.policy.adapters import belongs_to, trained_counterpart
 from lit_dpo.policy.policy import Policy
 from lit_dpo.reference import AnotherModel, MovingReference
 from lit_dpo.training.checkpoint import kept_names
+from lit_dpo.training.requirements import Placement
 from tests.closeness import LOSS, TINY, assert_same
 from tests.test_module import STEPS, Losses, adapters, data, fit, module, sgd
 from tests.tiny import save_tiny_base, tiny_policy, wake_adapters
@@ -119,7 +120,7 @@ def test_soft_updates_equal_two_full_models_in_float64(tiny_base: str, pairs_fil
     model = module(
         tiny_base, reference=MovingReference(alpha), objective=Sigmoid(beta), optimizer=sgd(rate), layout="flat"
     )
-    model.build_policy(torch.float32, torch.device("cpu"))
+    model.build_policy(Placement(torch.float32, torch.device("cpu")))
     wake_adapters(model.model)
     with torch.no_grad():  # the copy was made before they woke
         for name, parameter in model.model.named_parameters():

@@ -13,6 +13,7 @@ from lit_dpo import DPOModule
 from lit_dpo.callbacks import CollapseGuard, LastCheckpoint
 from lit_dpo.objectives import SFT, BCOPair, Mixture, PairLogps, Sigmoid, SimPO
 from lit_dpo.training.finite import NonFiniteLossError, read_nonfinite_step
+from lit_dpo.training.requirements import Placement
 from tests.test_module import adapters, data, fit, module, sgd
 
 pytestmark = pytest.mark.filterwarnings(
@@ -280,7 +281,7 @@ def test_a_grad_scaler_may_skip_steps_but_not_for_ever(pairs_file: str, tmp_path
 
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model = module_of(pairs_file, objective=Broken())
-    model.build_policy(torch.float32, torch.device("cpu"))
+    model.build_policy(Placement(torch.float32, torch.device("cpu")))
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     with pytest.raises(NonFiniteLossError, match="Step 4: the gradient"):  # the scale was 4, 2, 1, and is a half
         fit(model, data(pairs_file, batch_size=2), plugins=[precision], default_root_dir=tmp_path, limit_val_batches=0)
