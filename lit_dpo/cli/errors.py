@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lit_dpo import objectives
+from lit_dpo.training.memory import is_out_of_memory
 
 PACKAGE, LIGHTNING = Path(objectives.__file__).parents[1], Path(lightning.__file__).parent
 
@@ -69,6 +70,8 @@ def line_for(error: Exception) -> str:
     """
     if isinstance(error, ValueError | OSError | ImportError) and _raised_in(error, PACKAGE):
         return str(error)
+    if is_out_of_memory(error):
+        return str(error).splitlines()[0]
     if isinstance(error, MisconfigurationException):
         return _with_trainer_key(" ".join(str(error).split()))
     if isinstance(error, ValueError):

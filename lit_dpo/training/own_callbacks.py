@@ -7,6 +7,7 @@ from lit_dpo.training.agreement import Together
 from lit_dpo.training.fingerprint import Fingerprint
 from lit_dpo.training.finite import FiniteSteps, OnNonfinite
 from lit_dpo.training.logging import LoggedMeans
+from lit_dpo.training.memory import LongestBatch
 from lit_dpo.training.resume import ExactResume
 from lit_dpo.training.sharded import KeepInStep
 
@@ -14,4 +15,4 @@ from lit_dpo.training.sharded import KeepInStep
 def own_callbacks(on_nonfinite: OnNonfinite) -> list[Callback]:
     """The callbacks, for the module's setting of steps that are not finite."""
     checks = [Together(), Fingerprint(), FiniteSteps(on_nonfinite)]
-    return [ReferencePass(), *checks, ExactResume(), KeepInStep(), LoggedMeans()]
+    return [ReferencePass(), LongestBatch(), *checks, ExactResume(), KeepInStep(), LoggedMeans()]
