@@ -12,7 +12,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.training.checkpoint import save_checkpoint, try_to_save_checkpoint
-from lit_dpo.training.interruption import NAMES, SIGUSR1, Terminated, asks_to_requeue, is_interruption, requeue
+from lit_dpo.training.interruption import (
+    NAMES,
+    SIGUSR1,
+    Terminated,
+    asks_to_requeue,
+    is_dead_worker,
+    is_interruption,
+    requeue,
+)
 from lit_dpo.training.run_dir import run_dir
 from lit_dpo.training.step import OptimizerStep
 
@@ -110,7 +118,8 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if the run was interrupted between two steps, and says where the checkpoint is."""
         self._restore()
-        if is_interruption(exception) and trainer.state.fn == "fit":
+        alone = trainer.world_size == 1  # other processes would not take part in saving
+        if trainer.state.fn == "fit" and (is_interruption(exception) or (alone and is_dead_worker(exception))):
             if trainer.global_step > 0:
                 self._save_interrupted(trainer)
             if asks_to_requeue(exception) and trainer.is_global_zero:

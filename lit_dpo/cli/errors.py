@@ -1,6 +1,7 @@
 """An error of the parser, of a class that it builds, or of Lightning ──► one line that tells the user what to do."""
 
 import difflib
+import errno
 import inspect
 import re
 from pathlib import Path
@@ -11,8 +12,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lit_dpo import objectives
+from lit_dpo.training.interruption import is_dead_worker
 from lit_dpo.training.memory import is_out_of_memory
 
+# What a disk answers: no space, over quota, read-only, no permission, a file where a folder should be
+OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 PACKAGE, LIGHTNING = Path(objectives.__file__).parents[1], Path(lightning.__file__).parent
 
 
@@ -72,6 +76,14 @@ def line_for(error: Exception) -> str:
         return str(error)
     if is_out_of_memory(error):
         return str(error).splitlines()[0]
+    if is_dead_worker(error):
+        return (
+            f"{str(error).splitlines()[0].rstrip('.')}. The system may have ended it because memory was short. Resume "
+            "with --ckpt_path last, and lower data.num_workers."
+        )
+    if isinstance(error, OSError) and error.errno in OF_DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Runs are written under runs/, caches to the folder that LIT_DPO_CACHE names."
     if isinstance(error, MisconfigurationException):
         return _with_trainer_key(" ".join(str(error).split()))
     if isinstance(error, ValueError):

@@ -28,6 +28,11 @@ def is_interruption(exception: BaseException) -> bool:
     return isinstance(exception, KeyboardInterrupt | Terminated)
 
 
+def is_dead_worker(exception: BaseException) -> bool:
+    """Whether a process that loads batches has died, as the system ends one when memory is short."""
+    return isinstance(exception, RuntimeError) and "DataLoader worker" in str(exception)
+
+
 def asks_to_requeue(exception: BaseException) -> bool:
     """Whether SLURM is about to end the job and shall run it again: SIGUSR1, as ``#SBATCH --signal`` sends it."""
     return isinstance(exception, Terminated) and exception.number == SIGUSR1 and SLURMEnvironment.detect()
