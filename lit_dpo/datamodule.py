@@ -154,11 +154,7 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of ``batch_size`` pairs, in the order given by (seed, epoch). Resumes where a checkpoint stopped."""
         assert self.position is not None
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError(
-                "trainer.overfit_batches would replace the sampler. To see the same batches again and again, set "
-                "trainer.limit_train_batches and data.shuffle=false."
-            )
+        self.position.batch_size = self.batch_size  # Tuner.scale_batch_size changes it
         return self.position.loader(self.trainer, self.resumed_position(), **self._loading_options())
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
@@ -216,7 +212,8 @@ class PreferenceDataModule(LightningDataModule):
         if loaded.stream is not None:
             self.position = StreamPosition(loaded.stream, *order, self._ranks(), self.num_workers)
         elif loaded.train is not None:
-            self.position = EpochPosition(loaded.train, *order, self.shuffle, self._ranks())
+            repeats = getattr(trainer, "overfit_batches", 0) > 0  # the same batches in each epoch
+            self.position = EpochPosition(loaded.train, *order, self.shuffle and not repeats, self._ranks())
         return loaded.report
 
     def load_tokenizer(self, default: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:

@@ -31,7 +31,7 @@ from lit_dpo.training.hyperparameters import plain_hyperparameters, trust_overri
 from lit_dpo.training.metrics import PreferenceMetrics
 from lit_dpo.training.own_callbacks import own_callbacks
 from lit_dpo.training.requirements import Placement, check_data, checked_placement
-from lit_dpo.training.schedule import LRSchedule, warmup_scheduler
+from lit_dpo.training.schedule import LRSchedule, set_rate, warmup_scheduler
 from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
@@ -111,6 +111,7 @@ class DPOModule(LightningModule):
         self.on_nonfinite, self.token_metrics, self.allow_mismatch = on_nonfinite, token_metrics, allow_mismatch
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
         self.step = OptimizerStep()  # the step in progress
+        self.lr: float | None = None  # set by Lightning's Tuner.lr_find, for all parameters
         self.strict_loading = False  # a checkpoint has no base weights; load_state_dict checks the keys
         self.save_hyperparameters(plain_hyperparameters(self, quantization))
 
@@ -142,6 +143,7 @@ class DPOModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer of the adapters, and a learning-rate schedule with warm-up over the whole run."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        set_rate(optimizer, self.lr)
         scheduler = warmup_scheduler(optimizer, self.lr_scheduler, self.warmup, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,18 +1,22 @@
 """Ordinary Lightning callbacks, which users can add or remove."""
 
 from lit_dpo.callbacks.adapter import AdapterExport
+from lit_dpo.callbacks.average import AdapterAverage
 from lit_dpo.callbacks.guard import CollapseGuard
 from lit_dpo.callbacks.last import LastCheckpoint
+from lit_dpo.callbacks.model_summary import ParameterSummary
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.progress import StepProgress
 from lit_dpo.callbacks.samples import ComparisonSamples
 from lit_dpo.callbacks.summary import RunSummary
 
 __all__ = [
+    "AdapterAverage",
     "AdapterExport",
     "CollapseGuard",
     "ComparisonSamples",
     "LastCheckpoint",
+    "ParameterSummary",
     "PredictionWriter",
     "RunSummary",
     "StepProgress",

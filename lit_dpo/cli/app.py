@@ -8,15 +8,16 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_dpo.callbacks import AdapterExport, ComparisonSamples
-from lit_dpo.cli.defaults import CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
+from lit_dpo.callbacks import AdapterExport, ComparisonSamples, ParameterSummary
+from lit_dpo.cli.defaults import BAREBONES, CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
 from lit_dpo.cli.errors import line_for, one_line, with_suggestion
 from lit_dpo.cli.overrides import (
     LIGHTNING_CHECKPOINTS,
+    check_environment,
     given_checkpoint,
     new_classes_start_afresh,
     read_integers_first,
@@ -32,6 +33,7 @@ from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
 from lit_dpo.training.run_dir import run_dir
 
+DATA_SEED = inspect.signature(PreferenceDataModule).parameters["seed"].default
 # Arguments of our own commands that are built from the options of fit
 GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
     "trainer": lambda cli, config: cli.trainer,
@@ -127,6 +129,7 @@ class DPOCLI(LightningCLI):
         """
         command = next((arg for arg in self._args if arg in DESCRIPTIONS), None)
         if command is not None and command not in OWN:
+            check_environment(self._subcommand_parsers[command], command)
             self._args = with_checkpoint_of_run(self._args, command)
         path = None if command is None or command in OWN else given_checkpoint(self._args, command)
         stored: dict[str, Any] = {}
@@ -160,6 +163,8 @@ class DPOCLI(LightningCLI):
         if self.subcommand in OWN and self.subcommand not in LIKE_FIT:
             return
         config = self.config[self.subcommand]
+        if type(config.seed_everything) is int and config.data.seed == DATA_SEED:
+            config.data.seed = config.seed_everything
         if config.trainer.precision is None:
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
             config.trainer.precision = precision_for(torch.device("cuda" if on_gpu else "cpu"))
@@ -190,7 +195,9 @@ class DPOCLI(LightningCLI):
         if self.subcommand in OWN:
             nothing = {"logger": False, "enable_checkpointing": False, "min_epochs": None, "min_steps": None}
             return super().instantiate_trainer(**nothing, num_sanity_val_steps=1)  # it fills in all held-out pairs
-        if config.trainer.logger in (None, True):
+        if config.trainer.barebones:
+            pass
+        elif config.trainer.logger in (None, True):
             kwargs["logger"] = default_loggers(config.run_name)
         elif config.trainer.logger is False and config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = CSVLogger("runs", name=config.run_name).log_dir
@@ -204,10 +211,14 @@ class DPOCLI(LightningCLI):
             left_out = (Checkpoint,)
         if config.get("fast_dev_run"):
             left_out = (Checkpoint, AdapterExport, ComparisonSamples)
+        if config.get("barebones"):  # nothing but training, to measure its overhead
+            return Trainer(**{**config, **BAREBONES})
         chosen = config.get("callbacks") or []
         if config.get("enable_progress_bar") is False or any(isinstance(one, ProgressBar) for one in chosen):
             left_out += (CALLBACKS["progress"],)
         callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
+        if config.get("enable_model_summary") and not any(isinstance(one, ModelSummary) for one in chosen):
+            callbacks.append(ParameterSummary())
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -227,7 +238,7 @@ OPTIONS: dict[str, Any] = {
     "save_config_callback": SaveFitConfig,
     "seed_everything_default": 42,
     "parser_class": Parser,
-    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False},
+    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False, "default_env": True, "env_prefix": "PL"},
     "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
 }
 

@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_dpo.callbacks import (
@@ -42,14 +44,36 @@ DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": 1,
     "trainer.log_every_n_steps": 1,
 }
+# What trainer.barebones allows of the settings that have a default here
+BAREBONES: dict[str, Any] = {
+    "callbacks": None,
+    "logger": None,
+    "enable_checkpointing": None,
+    "enable_progress_bar": None,
+    "enable_model_summary": None,
+    "num_sanity_val_steps": None,
+    "log_every_n_steps": None,
+}
 
 
 def default_loggers(name: str) -> list[Logger]:
     """Loggers to a new folder: ``metrics.csv``, and TensorBoard events if tensorboard is installed."""
     csv = CSVLogger("runs", name=name)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        claim(csv)
     if not RequirementCache("tensorboard"):
         return [csv]
     return [csv, TensorBoardLogger("runs", name=name, version=csv.version)]
+
+
+def claim(logger: CSVLogger) -> None:
+    """Makes the folder of a logger's version, or of the next one if a run that started at the same time has it."""
+    while True:
+        try:
+            Path(logger.log_dir).mkdir(parents=True)
+            return
+        except FileExistsError:
+            logger._version = int(logger.version) + 1
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,9 @@
 """Precedence of settings: a checkpoint's arguments become defaults; files and the command line override them."""
 
 import argparse
+import difflib
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +127,25 @@ def read_integers_first(parser: Any) -> None:
         kinds = get_args(getattr(action, "_typehint", None))
         if action.dest.startswith("trainer.") and set(kinds) == {int, float, type(None)}:
             action._typehint = int | float | None
+
+
+def check_environment(parser: Any, command: str) -> None:
+    """Checks that each environment variable of a command, such as ``PL_FIT__TRAINER__MAX_EPOCHS``, is an option.
+
+    Raises:
+        ValueError: If one is not. The parser would ignore it.
+    """
+    prefix = f"PL_{command}__".upper()
+    known = {prefix + action.dest.replace(".", "__").upper() for action in parser._actions}
+    for name in os.environ:
+        if name.startswith(prefix) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            nearest = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"The environment variable {name} is no option of {command}.{nearest} An argument of a class is given in "
+                f"the variable of the class, as YAML: {prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: "
+                "{beta: 0.2}}'."
+            )
 
 
 @contextmanager

@@ -4,17 +4,18 @@ from collections.abc import Iterator, Sequence, Sized
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 
-class PairSampler(DistributedSampler[list[int]]):
+class PairSampler(DistributedSampler[list[int]], SequentialSampler):
     """Yields the indices of one rank's batches.
 
     ``(seed, epoch)`` determines the permutation of the pairs in each epoch. The permutation is cut into global batches
     of ``num_replicas * batch_size`` consecutive pairs, and each rank takes its share of every global batch. Two ranks
     with ``batch_size`` B therefore train on the same pairs as one process with 2·B. Shares have nearly equal numbers of
     tokens, because ranks wait for each other. An incomplete last global batch is left out; with shuffling, other pairs
-    are left out in each epoch. Lightning does not replace this sampler, because it is a ``DistributedSampler``.
+    are left out in each epoch. Lightning does not replace this sampler, because it is a ``DistributedSampler`` and,
+    for ``overfit_batches``, a ``SequentialSampler``.
 
     If the data set has ``parts`` with weights, an epoch has each pair of a part as often as its weight says.
 
@@ -92,7 +93,7 @@ class PairSampler(DistributedSampler[list[int]]):
             pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seed))]
         return pairs[torch.arange(epoch * number, (epoch + 1) * number) % len(pairs)]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         order = self.order(self.epoch)
         order = order[self.resume_at[1] :] if self.epoch == self.resume_at[0] else order
         size = self.num_replicas * self.batch_size
@@ -132,7 +133,7 @@ def share(pairs: Sequence[int], num_tokens: Sequence[int], num_shares: int) -> l
     return shares
 
 
-class EvalSampler(DistributedSampler[list[int]]):
+class EvalSampler(DistributedSampler[list[int]], SequentialSampler):
     """Yields every pair exactly once, in order, over all ranks. The last batch of a rank may be shorter.
 
     Args:
@@ -158,6 +159,6 @@ class EvalSampler(DistributedSampler[list[int]]):
         """Number of batches on this rank."""
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         for start in range(0, len(self.indices), self.batch_size):
             yield list(self.indices[start : start + self.batch_size])

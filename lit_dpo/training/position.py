@@ -75,6 +75,8 @@ class EpochPosition:
         Another size of batches goes on with the pairs that are left. With ``allow_mismatch``, other pairs begin the
         epoch anew. At the beginning of an epoch nothing has to fit.
         """
+        if stored["pairs"] == stored["epoch"] == 0:  # nothing was trained, as when the Tuner tries sizes of batches
+            return stored
         same_pairs = all(name.startswith(PER_BATCH) for name in differing)
         if stored["pairs"] and not same_pairs:
             if not allow_mismatch:

@@ -83,7 +83,7 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise ValueError(
                 f"{type(callback).__name__} averages all weights, and an average of packed 4-bit or 8-bit codes is "
-                "meaningless. Set model.quantization=null, or leave the callback out."
+                "meaningless. lit_dpo.callbacks.AdapterAverage averages the adapters alone."
             )
 
 

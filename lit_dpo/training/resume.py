@@ -12,6 +12,7 @@ from lit_dpo.training.position import ACCUMULATE, PER_BATCH, EpochPosition
 from lit_dpo.training.ranks import gather_objects
 
 Group = dict[str, Any]
+AVERAGE = "adapter_average"  # what AdapterAverage keeps in a checkpoint
 
 
 class ExactResume(Callback):
@@ -38,6 +39,11 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the checkpoint's random states and optimizer class until training starts."""
         self._random_states = checkpoint.get("random_states")
+        if AVERAGE in checkpoint and trainer.state.fn == "fit" and not _averages(trainer):
+            rank_zero_warn(
+                "The checkpoint's weights are those of AdapterAverage, and this run averages none: it trains on from "
+                "the average. To go on as before, add the callback."
+            )
         self._step_ratio = fit_batches(trainer, checkpoint) if trainer.state.fn == "fit" else 1.0
         self._stored_optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", {}).get("class_path")
 
@@ -70,6 +76,10 @@ class ExactResume(Callback):
         for config in trainer.lr_scheduler_configs:
             if self._step_ratio != 1 and config.interval == "step" and trainer.max_steps < 0:
                 config.scheduler.last_epoch = round(config.scheduler.last_epoch * self._step_ratio)
+
+
+def _averages(trainer: Trainer) -> bool:
+    return any(type(callback).__name__ == "AdapterAverage" for callback in getattr(trainer, "callbacks", []))
 
 
 def fit_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> float:

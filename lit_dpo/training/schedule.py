@@ -26,3 +26,9 @@ def warmup_scheduler(optimizer: torch.optim.Optimizer, schedule: LRSchedule, war
         raise ValueError("The learning-rate schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
     name = "constant_with_warmup" if schedule == "constant" else schedule
     return get_scheduler(name, optimizer, round(warmup * total), int(total))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float | None) -> None:
+    """Sets the learning rate of all parameters; None leaves what the optimizer was built with."""
+    for group in optimizer.param_groups if rate is not None else ():
+        group["lr"] = rate

@@ -1,7 +1,7 @@
 """Runs the command line with random settings: ``python -m tests.faults.fuzz --cases 2000``.
 
-Each case is a run of a tiny model with one to five settings, right and wrong ones, on the command line or in a file. It
-must end well, or with one line that says what is wrong. A traceback counts as a failure, and is printed.
+Each case is a run of a tiny model with one to three settings, right and wrong ones, on the command line or in a file.
+It must end well, or with one line that says what is wrong. A traceback counts as a failure, and is printed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ OPTIONS: dict[str, list[str]] = {
         "AdamW",
         "Nothing",
         "torch.optim.LBFGS",
-        "torch.optim.SparseAdam",
+        "SparseAdam",
     ],
     "model.optimizer.lr": NUMBERS,
     "model.lr_scheduler": [
@@ -82,7 +82,6 @@ OPTIONS: dict[str, list[str]] = {
         "[pairs.jsonl]",
         "null",
         ".",
-        "/",
         "{}",
     ],
     "data.split": ["train", "test", "nothing", ""],
@@ -182,7 +181,7 @@ KEPT = {"model.quantization": "null", "trainer.accelerator": "cpu", "trainer.pre
 
 def case(random_state: random.Random, base: str) -> list[str]:
     """The arguments of a random run."""
-    keys = random_state.sample(list(OPTIONS), random_state.randint(1, 5))
+    keys = random_state.sample(list(OPTIONS), random_state.randint(1, 3))
     # A class comes before its arguments.
     chosen = {key: random_state.choice(OPTIONS[key]) for key in sorted(keys, key=lambda key: key.count("."))}
     default = {
@@ -235,7 +234,7 @@ def outcome(arguments: list[str]) -> str:
 
 def fuzz(cases: int, seed: int, base: str) -> tuple[Counter[str], list[tuple[list[str], str]]]:
     """Runs cases in the working folder. Returns how many ended in which way, and the failures."""
-    random_state = random.Random(seed)
+    random_state = random.Random(seed)  # noqa: S311
     counts: Counter[str] = Counter()
     failures = []
     for _ in range(cases):
