@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from lit_dpo import DPOModule
-from lit_dpo.cli.app import OPTIONS
 from tests.cli.test_configs import Unrun
 from tests.conftest import REPOSITORY
 
@@ -101,7 +100,7 @@ def test_each_command_has_arguments_that_exist(line: str, monkeypatch: pytest.Mo
     if "--help" in arguments:
         return
     cpu = [] if arguments[0] == "generate" else ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
-    Unrun([*arguments, *cpu], **OPTIONS)
+    Unrun(args=[*arguments, *cpu])
 
 
 def test_the_quoted_training_step_is_the_real_one() -> None:

@@ -43,11 +43,11 @@ class _Table(Table):
 
 
 def count(module: nn.Module) -> int:
-    """Number of parameters of a module."""
-    total = 0
+    """Number of parameters of a module. Tied weights count once."""
+    sizes: dict[int, int] = {}
     for layer in module.modules():
         for parameter in layer.parameters(recurse=False):
             state: Any = getattr(layer, "quant_state", None)
             packed = state is not None and parameter is getattr(layer, "weight", None)
-            total += state.shape.numel() if packed else parameter.numel()
-    return total
+            sizes[id(parameter)] = state.shape.numel() if packed else parameter.numel()
+    return sum(sizes.values())

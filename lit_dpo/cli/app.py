@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, ParameterSummary
+from lit_dpo.cli.config_file import is_inside, keep_earlier, without_secrets
 from lit_dpo.cli.defaults import BAREBONES, CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
 from lit_dpo.cli.errors import line_for, one_line, with_suggestion
 from lit_dpo.cli.overrides import (
@@ -56,7 +57,10 @@ class Parser(LightningArgumentParser):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` only for ``fit``, so that a later ``validate`` cannot overwrite it."""
+    """Saves ``config.yaml`` only for ``fit``, so that a later ``validate`` cannot overwrite it.
+
+    Secrets, such as a logger's ``api_key``, are left out.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Saves into the run's folder."""
@@ -67,21 +71,39 @@ class SaveFitConfig(SaveConfigCallback):
             if path.exists():
                 raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False)
+            self.parser.save(without_secrets(self.config), str(path), skip_none=False)
         self.already_saved = True
+
+
+OPTIONS: dict[str, Any] = {
+    "save_config_callback": SaveFitConfig,
+    "seed_everything_default": 42,
+    "parser_class": Parser,
+    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False, "default_env": True, "env_prefix": "PL"},
+    "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
+}
 
 
 class DPOCLI(LightningCLI):
     """``LightningCLI`` with this project's defaults and its own commands.
 
     Args:
+        model_class: ``DPOModule`` or a class derived from it.
+        datamodule_class: ``PreferenceDataModule``, a class derived from it, or any whose batches are ``PairBatch``.
         args: The command and its arguments; None for those of the process.
-        options: Options of ``LightningCLI``.
+        options: Options of ``LightningCLI`` that replace those of this command line.
     """
 
-    def __init__(self, args: list[str] | None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_class: type[LightningModule] = DPOModule,
+        datamodule_class: type[LightningDataModule] = PreferenceDataModule,
+        *,
+        args: list[str] | None = None,
+        **options: Any,
+    ) -> None:
         self._args = sys.argv[1:] if args is None else args
-        super().__init__(args=args, **options)
+        super().__init__(model_class, datamodule_class, args=args, **{**OPTIONS, **options})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's name and the callbacks, each configurable under its own key."""
@@ -163,7 +185,7 @@ class DPOCLI(LightningCLI):
         if self.subcommand in OWN and self.subcommand not in LIKE_FIT:
             return
         config = self.config[self.subcommand]
-        if type(config.seed_everything) is int and config.data.seed == DATA_SEED:
+        if type(config.seed_everything) is int and config.data.get("seed") == DATA_SEED:
             config.data.seed = config.seed_everything
         if config.trainer.precision is None:
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -182,6 +204,12 @@ class DPOCLI(LightningCLI):
             super().instantiate_classes()
         else:
             self.config_init = self.parser.instantiate_classes(self.config)
+
+    def before_fit(self) -> None:
+        """Lets a logger of a fixed version go on with its own run, before it replaces files of the first start."""
+        folder = run_dir(self.trainer)
+        if self.trainer.is_global_zero and is_inside(self.config.fit.ckpt_path, folder):
+            keep_earlier(folder / "config.yaml", folder / "metrics.csv")
 
     def _taken(self) -> set[str]:
         """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""
@@ -232,17 +260,6 @@ class DPOCLI(LightningCLI):
         function(**arguments)
 
 
-OPTIONS: dict[str, Any] = {
-    "model_class": DPOModule,
-    "datamodule_class": PreferenceDataModule,
-    "save_config_callback": SaveFitConfig,
-    "seed_everything_default": 42,
-    "parser_class": Parser,
-    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False, "default_env": True, "env_prefix": "PL"},
-    "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
-}
-
-
 def main(args: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -253,7 +270,7 @@ def main(args: list[str] | None = None) -> None:
     make_streams_safe()
     quiet_libraries()
     try:
-        DPOCLI(args, **OPTIONS)
+        DPOCLI(args=args)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

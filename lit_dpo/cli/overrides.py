@@ -142,8 +142,8 @@ def check_environment(parser: Any, command: str) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             nearest = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"The environment variable {name} is no option of {command}.{nearest} An argument of a class is given in "
-                f"the variable of the class, as YAML: {prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: "
+                f"The environment variable {name} is no option of {command}.{nearest} An argument of a class is given "
+                f"in the variable of the class, as YAML: {prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: "
                 "{beta: 0.2}}'."
             )
 

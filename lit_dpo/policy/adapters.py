@@ -73,13 +73,15 @@ def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, m
         moving: Whether to add a copy that follows the trained adapter.
 
     Raises:
-        ValueError: If ``check_lora`` refuses the adapters.
+        ValueError: If ``check_lora`` refuses the adapters, or if a local adapter is not in safetensors' format.
     """
     if adapter is None:
         check_lora(lora)
         peft_model = get_peft_model(model, lora)
     else:
         _check_base(adapter, base)
+        if not (Path(adapter) / "adapter_model.safetensors").exists() and Path(adapter).is_dir():
+            raise ValueError(f"model.adapter {adapter} has no adapter_model.safetensors. Save it with a recent peft.")
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         check_lora(peft_model.peft_config[TRAINED_ADAPTER])
         peft_model.load_adapter(adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)

@@ -1,8 +1,10 @@
 """A base model's name ──► a PEFT model ready to train: base weights, quantization, adapters, fused layers."""
 
+import os
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from peft import LoraConfig, PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -13,6 +15,8 @@ from lit_dpo.policy.adapters import TRAINED_ADAPTER, add_adapters, disable_dropo
 from lit_dpo.policy.lora import fuse_adapters
 from lit_dpo.policy.precision import disable_repacking, keep_residuals_in_float32
 from lit_dpo.policy.sharding import shard_base
+
+ALLOW_PICKLE = "LIT_DPO_ALLOW_PICKLE"
 
 
 def load_policy(
@@ -65,10 +69,18 @@ def load_policy(
                 quantization_config=quantization,
                 device_map={"": device if mesh is None else "cpu"},
                 trust_remote_code=trust_remote_code,
+                use_safetensors=None if ALLOW_PICKLE in os.environ else True,
                 **options,
             )
     except OSError as error:
+        if "safetensors" in str(error):
+            raise ValueError(
+                f"model.base {base} has no weights in safetensors' format. A .bin file is a pickle, which can hold "
+                f"code. If you trust it, set the environment variable {ALLOW_PICKLE}=1."
+            ) from error
         raise BaseModelError(base, error) from error
+    if trust_remote_code:
+        rank_zero_warn(f"model.trust_remote_code: code that comes with {base} may have run in this process.")
     model.config.use_cache = False
     disable_dropout(model)
     disable_repacking(model)

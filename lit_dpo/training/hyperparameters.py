@@ -69,6 +69,7 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
     names = ["base", "adapter", "lr_scheduler", "warmup", "gradient_checkpointing", "token_metrics", "layout"]
     names += ["on_nonfinite"]
     return {
+        **_arguments_of_subclass(module),
         **{name: getattr(module, name) for name in names},
         **without_trust(module.repository),
         "reference": without_trust(_plain_object(module.reference_choice)),
@@ -78,6 +79,29 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
         "quantization": _plain_object(quantization),
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
     }
+
+
+def _arguments_of_subclass(module: Any) -> dict[str, Any]:
+    """The arguments that a derived class adds, read from its constructor, which is running.
+
+    Raises:
+        ValueError: If one is an object that does not keep its arguments as attributes.
+    """
+    constructor = type(module).__init__
+    own = inspect.signature(constructor).parameters
+    ours = [kind for kind in type(module).__mro__ if kind.__module__.startswith("lit_dpo.")]
+    known = {name for kind in ours for name in _parameters(kind)}
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not constructor.__code__:
+        frame = frame.f_back
+    added = [name for name, one in own.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    added = [name for name in added if name not in known]
+    return {name: _plain_object(frame.f_locals[name]) for name in added} if frame is not None else {}
+
+
+def _parameters(kind: type) -> list[str]:
+    """Names of the arguments of a constructor."""
+    return list(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
 
 
 def plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Unrun(DPOCLI):
 
 def build(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["lit_dpo"])
-    return Unrun(["fit", *arguments], **OPTIONS)
+    return Unrun(args=["fit", *arguments], **OPTIONS)
 
 
 def test_the_recipes_are_there() -> None:
