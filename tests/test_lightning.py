@@ -225,7 +225,7 @@ def test_a_logger_of_a_fixed_version_goes_on_with_its_own_run(tiny: list[str]) -
     main(["fit", *tiny, *logger, *resumed])
     assert (folder / "metrics_1.csv").read_text() == before
     assert (folder / "config_1.yaml").exists()
-    assert max(row["step"] for row in metrics(folder)) == 8
+    assert max(row["step"] for row in metrics(folder)) == 7
 
 
 # --- security ---------------------------------------------------------------------------------------------------------

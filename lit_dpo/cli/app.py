@@ -68,8 +68,6 @@ class SaveFitConfig(SaveConfigCallback):
             return
         path = run_dir(trainer) / self.config_filename
         if trainer.is_global_zero:
-            if path.exists():
-                raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(without_secrets(self.config), str(path), skip_none=False)
         self.already_saved = True
@@ -206,10 +204,19 @@ class DPOCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
 
     def before_fit(self) -> None:
-        """Lets a logger of a fixed version go on with its own run, before it replaces files of the first start."""
+        """Lets a logger of a fixed version go on with its own run, and with no other.
+
+        Lightning's loggers replace files without asking as soon as a run begins.
+
+        Raises:
+            ValueError: If the folder belongs to another run.
+        """
         folder = run_dir(self.trainer)
-        if self.trainer.is_global_zero and is_inside(self.config.fit.ckpt_path, folder):
-            keep_earlier(folder / "config.yaml", folder / "metrics.csv")
+        path = folder / "config.yaml"
+        if self.trainer.is_global_zero and path.exists():
+            if not is_inside(self.config.fit.ckpt_path, folder):
+                raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
+            keep_earlier(path, folder / "metrics.csv")
 
     def _taken(self) -> set[str]:
         """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""
