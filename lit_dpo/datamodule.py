@@ -139,7 +139,8 @@ class PreferenceDataModule(LightningDataModule):
         # Save plain values only: a checkpoint with other objects cannot be loaded with weights_only=True.
         filters = asdict(self.loading.filters)  # type: ignore[assignment]
         objects = {"source": source, "val_source": val_source, "tokenizer": tokenizer}
-        self.save_hyperparameters(ignore=[name for name, value in objects.items() if not is_plain(value)])
+        ignored = [name for name, value in objects.items() if not is_plain(value)]
+        self.save_hyperparameters(ignore=ignored, logger=False)  # model and data have both a revision
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes on one process per node. The other processes then read from the cache."""

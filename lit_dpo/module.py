@@ -31,7 +31,7 @@ from lit_dpo.training.hyperparameters import plain_hyperparameters, trust_overri
 from lit_dpo.training.metrics import PreferenceMetrics
 from lit_dpo.training.own_callbacks import own_callbacks
 from lit_dpo.training.requirements import Placement, check_data, checked_placement
-from lit_dpo.training.schedule import LRSchedule, set_rate, warmup_scheduler
+from lit_dpo.training.schedule import LRSchedule, build_optimizer, warmup_scheduler
 from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
@@ -142,8 +142,7 @@ class DPOModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer of the adapters, and a learning-rate schedule with warm-up over the whole run."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        set_rate(optimizer, self.lr)
+        optimizer = build_optimizer(self.optimizer, self.parameters(), self.lr)
         scheduler = warmup_scheduler(optimizer, self.lr_scheduler, self.warmup, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -374,3 +374,22 @@ def test_the_example_of_ray(tiny_base: str) -> None:
         runpy.run_path("own.py", run_name="__main__")
     finally:
         ray.shutdown()
+
+
+def test_model_and_data_may_have_different_revisions(tiny: list[str]) -> None:  # noqa: F811
+    """Lightning merges the hyper-parameters of both for the loggers."""
+    main(["fit", *tiny, "--model.revision", "main", "--trainer.max_steps", "1"])
+    assert Path("runs/dpo/version_0/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--model.adapter", "nowhere"], r"model\.adapter nowhere: there is no adapter of this name"),
+        (["--model.lora.lora_dropout", "1e9"], r"model\.lora does not fit the base: dropout probability"),
+        (["--model.optimizer.lr", "null"], r"model\.optimizer does not take its settings"),
+    ],
+)
+def test_settings_that_libraries_refuse(tiny: list[str], setting: list[str], message: str) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        main(["fit", *tiny, *setting])

@@ -90,7 +90,7 @@ def line_for(error: Exception) -> str:
         said = message_of_class(str(error))
         if said:
             return said
-    if isinstance(error, ValueError | TypeError | ImportError) and _raised_in(error, LIGHTNING):
+    if isinstance(error, ValueError | TypeError | ImportError | OSError) and _raised_in(error, LIGHTNING):
         return _with_trainer_key(" ".join(str(error).split()))
     return ""
 

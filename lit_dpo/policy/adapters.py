@@ -77,7 +77,10 @@ def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, m
     """
     if adapter is None:
         check_lora(lora)
-        peft_model = get_peft_model(model, lora)
+        try:
+            peft_model = get_peft_model(model, lora)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"model.lora does not fit the base: {error}") from error
     else:
         _check_base(adapter, base)
         if not (Path(adapter) / "adapter_model.safetensors").exists() and Path(adapter).is_dir():
@@ -111,7 +114,14 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _check_base(adapter: str, base: str) -> None:
-    """Warns if the adapter was trained on a base other than ``base``."""
-    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    """Warns if the adapter was trained on a base other than ``base``.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    try:
+        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model.adapter {adapter}: there is no adapter of this name. {error}") from error
     if trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"The adapter {adapter} was trained on {trained_on}, but model.base is {base}.", stacklevel=2)

@@ -1,9 +1,11 @@
-"""The learning rate over a run: warm-up, then one of transformers' schedules."""
+"""The optimizer, and the learning rate over a run: warm-up, then one of transformers' schedules."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Trainer
+from torch.nn import Parameter
 from transformers import get_scheduler
 
 LRSchedule: TypeAlias = Literal["linear", "cosine", "constant", "inverse_sqrt", "polynomial"]
@@ -28,7 +30,23 @@ def warmup_scheduler(optimizer: torch.optim.Optimizer, schedule: LRSchedule, war
     return get_scheduler(name, optimizer, round(warmup * total), int(total))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float | None) -> None:
-    """Sets the learning rate of all parameters; None leaves what the optimizer was built with."""
+def build_optimizer(
+    make: Callable[[Iterable[Parameter]], torch.optim.Optimizer], parameters: Iterable[Parameter], rate: float | None
+) -> torch.optim.Optimizer:
+    """The optimizer of those parameters that train.
+
+    Args:
+        make: Builds it.
+        parameters: All parameters.
+        rate: The learning rate of all parameters; None leaves what ``make`` sets.
+
+    Raises:
+        ValueError: If the optimizer does not take its settings.
+    """
+    try:
+        optimizer = make(parameter for parameter in parameters if parameter.requires_grad)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.optimizer does not take its settings: {error}.") from error
     for group in optimizer.param_groups if rate is not None else ():
         group["lr"] = rate
+    return optimizer
