@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 
@@ -20,6 +22,7 @@ from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.callbacks import AdapterAverage, AdapterExport, LastCheckpoint, ParameterSummary
 from lit_dpo.callbacks.model_summary import count
 from lit_dpo.cli.app import DPOCLI, main
+from lit_dpo.cli.config_file import without_secrets
 from lit_dpo.cli.defaults import default_loggers
 from tests.cli.test_cli import metrics, tiny  # noqa: F401
 from tests.conftest import REPOSITORY
@@ -104,6 +107,33 @@ def test_an_average_resumes_bit_for_bit(tiny_base: str, pairs_file: str, tmp_pat
             ckpt_path=tmp_path / "first/checkpoints/last.ckpt",
             weights_only=True,
         )
+
+
+def test_an_average_in_the_wrong_place_is_refused(tiny_base: str, pairs_file: str) -> None:
+    for callbacks, message in (
+        ([AdapterExport(), AdapterAverage()], "AdapterAverage must come before AdapterExport"),
+        ([AdapterAverage(), ModelCheckpoint(save_weights_only=True)], "would leave AdapterAverage's average out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(module(tiny_base), data(pairs_file), callbacks=callbacks, enable_checkpointing=True)
+
+
+def test_an_average_begins_anew_in_a_second_fit(tiny_base: str, pairs_file: str) -> None:
+    """Trained weights, evaluations and averages do not change places."""
+    average, seen = AdapterAverage(decay=0.5), []
+    model = module(tiny_base)
+    for _ in range(2):
+        history = History()
+        fit(model, data(pairs_file), callbacks=[history, average], val_check_interval=0.5)
+        seen.append(history.steps)
+    alone = module(tiny_base)
+    first = History()
+    fit(alone, data(pairs_file), callbacks=[first, AdapterAverage(decay=0.5)])
+    second = History()
+    fit(alone, data(pairs_file), callbacks=[second, AdapterAverage(decay=0.5)])
+    for steps, expected in zip(seen, (first.steps, second.steps), strict=True):
+        for one, other in zip(steps, expected, strict=True):
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 # --- the Trainer's tools ----------------------------------------------------------------------------------------------
@@ -195,6 +225,12 @@ def test_barebones(tiny: list[str]) -> None:  # noqa: F811
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_leaves_the_working_folder_as_it_is(tiny: list[str]) -> None:  # noqa: F811
+    Path("config.yaml").write_text("trainer: {fast_dev_run: true}\n")
+    main(["fit", *tiny, "--config", "config.yaml"])
+    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
+
+
 def test_environment_variables(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "1")
     monkeypatch.setenv("PL_FIT__MODEL__OBJECTIVE", "{class_path: IPO, init_args: {tau: 0.3}}")
@@ -203,6 +239,15 @@ def test_environment_variables(tiny: list[str], monkeypatch: pytest.MonkeyPatch)
     assert config["trainer"]["max_steps"] == 1
     assert config["model"]["objective"]["init_args"]["tau"] == 0.3
     assert config["data"]["seed"] == 7, "the seed of everything is that of the data, too"
+    main(["fit", *tiny, "--seed_everything", "7", "--data.seed", "42"])
+    assert yaml.safe_load(Path("runs/dpo/version_1/config.yaml").read_text())["data"]["seed"] == 42, (
+        "unless it is given"
+    )
+    with monkeypatch.context() as environment:
+        environment.setenv("PL_FIT__CKPT_PATH", "runs/dpo/version_0/checkpoints/last.ckpt")
+        environment.setenv("PL_FIT__TRAINER__MAX_STEPS", "2")
+        main(["fit", *tiny, "--seed_everything", "7"])
+    assert torch.load("runs/dpo/version_2/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEP", "1")
     with pytest.raises(ValueError, match="PL_FIT__TRAINER__MAX_STEP is no option of fit. Did you mean PL_FIT"):
         main(["fit", *tiny])
@@ -246,6 +291,22 @@ def test_secrets_are_written_nowhere(tiny: list[str]) -> None:  # noqa: F811
     assert not [path for path in Path().rglob("*") if path.is_file() and b"very-secret" in path.read_bytes()]
 
 
+def test_what_counts_as_a_secret() -> None:
+    found = {
+        "access_token": "a",
+        "tokenizer": "b",
+        "max_tokens": 3,
+        "uri": "https://me:pw@host/x",
+        "list": [{"password": "c"}],
+    }
+    with pytest.warns(UserWarning, match="does not hold the secret access_token, list.password, uri"):
+        kept = without_secrets(Namespace(**found))
+    assert kept.access_token is None
+    assert (kept.tokenizer, kept.max_tokens, kept.uri) == ("b", 3, "https://***@host/x")
+    assert kept.list[0]["password"] is None
+    assert found["list"][0]["password"] == "c"  # type: ignore[index]
+
+
 def test_a_base_that_is_a_pickle_is_refused_unless_asked(
     tiny_base: str, pairs_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +336,21 @@ class OwnModule(DPOModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return super().training_step(batch, batch_idx) + self.bonus
+
+
+class OwnerModule(OwnModule):
+    """A second one, with a function that no checkpoint can hold."""
+
+    def __init__(self, base: str, folder: Path = Path("x"), rate: Any = None, **options: Any) -> None:
+        super().__init__(base, **options)
+        self.folder, self.rate = folder, rate
+
+
+def test_arguments_of_all_derived_classes_are_stored(tiny_base: str) -> None:
+    with pytest.warns(UserWarning, match="OwnerModule: the argument rate is no plain value"):
+        made = OwnerModule(tiny_base, bonus=0.5, folder=Path("y"), rate=lambda step: step)
+    assert (made.hparams["bonus"], made.hparams["folder"]) == (0.5, "y")
+    assert "rate" not in made.hparams
 
 
 class OwnData(PreferenceDataModule):

@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lit_dpo.callbacks.adapter import AdapterExport
+from lit_dpo.callbacks.samples import ComparisonSamples
 from lit_dpo.training.resume import AVERAGE
 
 
@@ -33,6 +36,22 @@ class AdapterAverage(Callback):
         self._steps = 0  # optimizer steps at the last update
         self._swapped = False  # whether the policy holds the average, and the average the policy's adapters
         self._current: dict[str, Tensor] | None = None  # of a checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Begins anew, and checks that nothing would save the adapters in training as if they were the average.
+
+        Raises:
+            ValueError: If something would.
+        """
+        self._average, self._current, self._swapped = {}, None, False  # nothing of an earlier fit
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, AdapterExport | ComparisonSamples):
+                raise ValueError(f"AdapterAverage must come before {type(callback).__name__} in the list of callbacks.")
+        if any(isinstance(one, ModelCheckpoint) and one.save_weights_only for one in callbacks):
+            raise ValueError(
+                "ModelCheckpoint.save_weights_only would leave AdapterAverage's average out. Set it to false."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins with the adapters as they are, or as a checkpoint left both."""
@@ -69,6 +88,11 @@ class AdapterAverage(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leaves the average in the policy."""
         self._swap(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leaves the average in the policy, for the adapter that an interrupted run exports."""
+        if self._average and self._current is None and not self._swapped:
+            self._swap(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Stores the average as the weights, and the adapters in training beside it."""

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lit_dpo.training.interruption import (
     asks_to_requeue,
     is_dead_worker,
     is_interruption,
+    note_checkpoint,
     requeue,
 )
 from lit_dpo.training.run_dir import run_dir
@@ -55,8 +57,8 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes SIGUSR1 before Lightning does, whose handler saves in the middle of a step, to another folder."""
-        if stage == "fit":
-            self._install(*([SIGUSR1] if SIGUSR1 else []))
+        if stage == "fit" and SIGUSR1:
+            self._install(SIGUSR1)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
@@ -120,8 +122,10 @@ class LastCheckpoint(Checkpoint):
         self._restore()
         alone = trainer.world_size == 1  # other processes would not take part in saving
         if trainer.state.fn == "fit" and (is_interruption(exception) or (alone and is_dead_worker(exception))):
-            if trainer.global_step > 0:
+            if self._training and trainer.global_step > 0:
                 self._save_interrupted(trainer)
+            elif trainer.global_step > 0:
+                rank_zero_info("Stopped before the first step. Nothing is lost: resume from the same checkpoint.")
             if asks_to_requeue(exception) and trainer.is_global_zero:
                 rank_zero_info(requeue())
 
@@ -137,6 +141,9 @@ class LastCheckpoint(Checkpoint):
         rank_zero_info(f"Stopped {state}. Everything is in {path.parent.parent}.\nResume with: --ckpt_path {path}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if not self._handlers:  # the run is over, but Lightning has put this handler back
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if not self._training or (self._received and number == signal.SIGINT):
             raise _exception(number)
         self._received = max(self._received or 0, number)  # SIGTERM takes precedence
@@ -162,12 +169,17 @@ class LastCheckpoint(Checkpoint):
         return run_dir(trainer) / "checkpoints" / "last.ckpt"
 
     def _save(self, trainer: Trainer) -> None:
-        save_checkpoint(trainer, self._path(trainer))
-        self._saved = time.monotonic()
+        self._write(trainer, save_checkpoint)
 
     def _try_to_save(self, trainer: Trainer) -> None:
-        try_to_save_checkpoint(trainer, self._path(trainer))
+        self._write(trainer, try_to_save_checkpoint)
+
+    def _write(self, trainer: Trainer, save: Callable[[Trainer, Path], None]) -> None:
+        path = self._path(trainer)
+        save(trainer, path)
         self._saved = time.monotonic()
+        if trainer.is_global_zero:
+            note_checkpoint(path)
 
 
 def _exception(number: int) -> BaseException:

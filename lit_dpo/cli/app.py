@@ -20,6 +20,7 @@ from lit_dpo.cli.overrides import (
     LIGHTNING_CHECKPOINTS,
     check_environment,
     given_checkpoint,
+    last_given,
     new_classes_start_afresh,
     read_integers_first,
     run_name,
@@ -34,7 +35,6 @@ from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
 from lit_dpo.training.run_dir import run_dir
 
-DATA_SEED = inspect.signature(PreferenceDataModule).parameters["seed"].default
 # Arguments of our own commands that are built from the options of fit
 GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
     "trainer": lambda cli, config: cli.trainer,
@@ -69,7 +69,7 @@ class SaveFitConfig(SaveConfigCallback):
         path = run_dir(trainer) / self.config_filename
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(without_secrets(self.config), str(path), skip_none=False)
+            self.parser.save(without_secrets(self.config), str(path), skip_none=False, overwrite=True)
         self.already_saved = True
 
 
@@ -183,7 +183,8 @@ class DPOCLI(LightningCLI):
         if self.subcommand in OWN and self.subcommand not in LIKE_FIT:
             return
         config = self.config[self.subcommand]
-        if type(config.seed_everything) is int and config.data.get("seed") == DATA_SEED:
+        follows = last_given(self._args, str(self.subcommand), "data.seed") is None
+        if type(config.seed_everything) is int and follows and "seed" in config.data:
             config.data.seed = config.seed_everything
         if config.trainer.precision is None:
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -211,10 +212,12 @@ class DPOCLI(LightningCLI):
         Raises:
             ValueError: If the folder belongs to another run.
         """
+        if not any(isinstance(callback, SaveFitConfig) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return  # a dry run leaves no files
         folder = run_dir(self.trainer)
         path = folder / "config.yaml"
         if self.trainer.is_global_zero and path.exists():
-            if not is_inside(self.config.fit.ckpt_path, folder):
+            if not self.trainer.loggers or not is_inside(self.config.fit.ckpt_path, folder):
                 raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
             keep_earlier(path, folder / "metrics.csv")
 
@@ -233,7 +236,7 @@ class DPOCLI(LightningCLI):
         if config.trainer.barebones:
             pass
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = default_loggers(config.run_name)
+            kwargs["logger"] = default_loggers(config.run_name, claimed=not config.trainer.fast_dev_run)
         elif config.trainer.logger is False and config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = CSVLogger("runs", name=config.run_name).log_dir
         return super().instantiate_trainer(**kwargs)

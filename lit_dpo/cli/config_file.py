@@ -1,12 +1,15 @@
 """The ``config.yaml`` that a run leaves: without secrets, and beside those of earlier starts of the same run."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_warn
 
-SECRETS = ("api_key", "api_token", "token", "hf_token", "password", "secret")  # names of arguments
+SECRET = re.compile(r"(^|_)(api_?key|token|password|secret|secret_access_key|access_key)$", re.IGNORECASE)  # arguments
+IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")  # user and password
 
 
 def without_secrets(config: Namespace) -> Namespace:
@@ -27,13 +30,13 @@ def is_inside(path: Any, folder: Path) -> bool:
 
 
 def keep_earlier(*paths: Path) -> None:
-    """Gives the next free number to files that are about to be replaced: ``metrics.csv`` becomes ``metrics_1.csv``."""
+    """Copies files that are about to be replaced to the next free number: ``metrics.csv`` to ``metrics_1.csv``."""
     for path in paths:
         if path.exists():
             number = 1
             while (kept := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
                 number += 1
-            path.rename(kept)
+            shutil.copy2(path, kept)
 
 
 def _remove(key: str, value: Any) -> list[str]:
@@ -46,8 +49,8 @@ def _remove(key: str, value: Any) -> list[str]:
         items = value.items() if isinstance(value, dict) else vars(value).items()
         for name, item in list(items):
             inner = f"{key}.{name}".lstrip(".")
-            if name in SECRETS and isinstance(item, str):
-                value[name] = None
+            if isinstance(item, str) and (SECRET.search(name) or IN_ADDRESS.search(item)):
+                value[name] = None if SECRET.search(name) else IN_ADDRESS.sub("***", item)
                 found.append(inner)
             else:
                 found += _remove(inner, item)

@@ -56,10 +56,15 @@ BAREBONES: dict[str, Any] = {
 }
 
 
-def default_loggers(name: str) -> list[Logger]:
-    """Loggers to a new folder: ``metrics.csv``, and TensorBoard events if tensorboard is installed."""
+def default_loggers(name: str, claimed: bool = True) -> list[Logger]:
+    """Loggers to a new folder: ``metrics.csv``, and TensorBoard events if tensorboard is installed.
+
+    Args:
+        name: Name of the run.
+        claimed: Whether to make the folder now, so that no run that starts at the same time takes it.
+    """
     csv = CSVLogger("runs", name=name)
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if claimed and getattr(rank_zero_only, "rank", 0) == 0:
         claim(csv)
     if not RequirementCache("tensorboard"):
         return [csv]

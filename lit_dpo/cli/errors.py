@@ -74,6 +74,8 @@ def line_for(error: Exception) -> str:
     """
     if isinstance(error, ValueError | OSError | ImportError) and _raised_in(error, PACKAGE):
         return str(error)
+    if isinstance(error, TypeError) and str(error).startswith(("data.", "model.")):  # others are mistakes in the code
+        return str(error)
     if is_out_of_memory(error):
         return str(error).splitlines()[0]
     if is_dead_worker(error):

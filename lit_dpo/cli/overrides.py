@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_dpo import objectives
 from lit_dpo.reference import AnotherModel, MovingReference
 from lit_dpo.training.hyperparameters import asks_for_trust, without_trust
-from lit_dpo.training.interruption import is_requeued
+from lit_dpo.training.interruption import checkpoint_of_job
 
 OF_RUN = ("last", "best", "auto")  # names of checkpoints in the folder of the run
 LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves itself
@@ -27,24 +28,26 @@ LIGHTNING_CHECKPOINTS = ("hpc", "registry")  # names that the Trainer resolves i
 
 def given_checkpoint(args: list[str], command: str) -> str | None:
     """The checkpoint file named in arguments or configuration files; None if the Trainer resolves the name."""
-    path = _last_given(args, command, "ckpt_path")
+    path = last_given(args, command, "ckpt_path")
     return None if path in (*LIGHTNING_CHECKPOINTS, "null") else path
 
 
 def with_checkpoint_of_run(args: list[str], command: str) -> list[str]:
     """The arguments with ``last``, ``best`` or ``auto`` replaced by the newest such checkpoint of the run's name.
 
-    ``auto`` is ``last`` if there is one, and no checkpoint if there is none. A SLURM job that runs again is given it.
+    ``auto`` is ``last`` if there is one, and no checkpoint if there is none. A SLURM job that runs again goes
+    on from the checkpoint that it left, whatever is given.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
     """
-    wanted = _last_given(args, command, "ckpt_path")
-    if command == "fit" and wanted in (None, "null") and is_requeued():
-        wanted = "auto"
+    wanted = last_given(args, command, "ckpt_path")
+    if command == "fit" and (left := checkpoint_of_job()) is not None:
+        rank_zero_info(f"SLURM runs this job again. It goes on from {left}.")
+        return [*args, "--ckpt_path", left]
     if wanted not in OF_RUN:
         return args
-    name = _last_given(args, command, "run_name") or run_name(_configs(args))
+    name = last_given(args, command, "run_name") or run_name(_configs(args))
     found = newest_checkpoint(name, "best-*.ckpt" if wanted == "best" else "last.ckpt")
     if found is None and wanted != "auto":
         raise FileNotFoundError(
@@ -70,14 +73,17 @@ def _configs(args: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     configs: list[str] = parser.parse_known_args(args)[0].config
-    return configs
+    return configs or [value for name, value in os.environ.items() if re.fullmatch(r"PL_[A-Z]+__CONFIG", name)]
 
 
-def _last_given(args: list[str], command: str, key: str) -> str | None:
-    """The value of a key in the arguments or, if it is not there, in the last configuration file that has it."""
+def last_given(args: list[str], command: str, key: str) -> str | None:
+    """The value of a key in the arguments or, if it is not there, in the last configuration file that has it.
+
+    If no file has it, the value of its environment variable.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{key}")
-    given: str | None = getattr(parser.parse_known_args(args)[0], key)
+    parser.add_argument(f"--{key}", dest="given")
+    given: str | None = parser.parse_known_args(args)[0].given
     found = [given] if given is not None else []
     for file in _configs(args) if not found else ():
         try:
@@ -87,8 +93,11 @@ def _last_given(args: list[str], command: str, key: str) -> str | None:
         except yaml.YAMLError as error:  # the parser would not name the file
             raise ValueError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}.") from error
         parts = [config, config.get(command)] if isinstance(config, dict) else []
-        found += [part[key] for part in parts if isinstance(part, dict) and key in part]
-    return found[-1] if found else None
+        *folders, name = key.split(".")
+        for folder in folders:
+            parts = [part.get(folder) for part in parts if isinstance(part, dict)]
+        found += [part[name] for part in parts if isinstance(part, dict) and name in part]
+    return found[-1] if found else os.environ.get(f"PL_{command}__{key}".replace(".", "__").upper())
 
 
 def stored_arguments(path: str) -> dict[str, Any]:

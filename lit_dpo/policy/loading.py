@@ -69,7 +69,7 @@ def load_policy(
                 quantization_config=quantization,
                 device_map={"": device if mesh is None else "cpu"},
                 trust_remote_code=trust_remote_code,
-                use_safetensors=None if ALLOW_PICKLE in os.environ else True,
+                use_safetensors=None if os.environ.get(ALLOW_PICKLE) == "1" else True,
                 **options,
             )
     except OSError as error:

@@ -145,7 +145,8 @@ class CachedReference(Reference):
                     for batch in batches:
                         self._compute(PairBatch.from_pairs([pairs.pair(index) for index in batch]).to(self._device))
                         bar.update(len(batch))
-                self.initial.keep_in_step(math.ceil(len(work) / parts) - len(batches))
+                if behind := math.ceil(len(work) / parts) - len(batches):
+                    self.initial.keep_in_step(behind)
             finally:
                 self.save()
             computed += total

@@ -1,10 +1,11 @@
 """The reference pass: computes the reference log-probs of all pairs that a run will use, before it uses them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.data.sampler import EvalSampler, PairSampler
@@ -94,19 +95,27 @@ def _training_pairs_ahead(trainer: Trainer, sampler: PairSampler) -> Sequence[in
     """Indices of the pairs in all remaining training batches, over all epochs."""
     if trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:  # training has no end
         return range(len(sampler.dataset))  # type: ignore[arg-type]
+    used = torch.zeros(len(sampler.dataset), dtype=torch.bool)  # type: ignore[arg-type]
+    for batches in batches_ahead(trainer, sampler):
+        used[batches.flatten()] = True
+        if used.all():
+            break
+    return used.nonzero()[:, 0].tolist()
+
+
+def batches_ahead(trainer: Trainer, sampler: PairSampler) -> Iterator[Tensor]:
+    """Indices of the pairs in the remaining training batches over all ranks, (batches, pairs), an epoch at a time."""
     size = sampler.batch_size * sampler.num_replicas
     per_epoch = int(trainer.num_training_batches)
     epoch, left = trainer.current_epoch, float("inf")
     if trainer.max_steps >= 0:
         left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-    used = torch.zeros(len(sampler.dataset), dtype=torch.bool)  # type: ignore[arg-type]
-    while left > 0 and epoch != trainer.max_epochs and not used.all():
+    while left > 0 and epoch != trainer.max_epochs:
         done = sampler.resume_at[1] if sampler.resume_at[0] == epoch else 0
         batches = int(min(per_epoch - sampler.first_batch(epoch), left))
-        used[sampler.order(epoch)[done : done + batches * size]] = True
+        yield sampler.order(epoch)[done : done + batches * size].view(-1, size)
         left -= batches
         epoch += 1
-    return used.nonzero()[:, 0].tolist()
 
 
 def _listed(loaders: Any) -> list[Any]:

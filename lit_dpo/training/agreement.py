@@ -3,7 +3,6 @@
 import os
 import sys
 import threading
-import time
 from typing import Any
 
 import torch
@@ -26,12 +25,19 @@ class Together(Callback):
 
     def __init__(self) -> None:
         self._step = OptimizerStep()
+        self._over = threading.Event()  # this process has done its part
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Begins to watch the process that started this one."""
         external = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.local_rank > 0 and external is not None and not external.creates_processes_externally:
-            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+            self._over.clear()
+            threading.Thread(target=_end_with, args=(os.getppid(), self._over), daemon=True).start()
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Waits until all processes have done their part, such as writing predictions."""
+        trainer.strategy.barrier("teardown")
+        self._over.set()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Notes that a batch begins."""
@@ -67,10 +73,11 @@ def check_weights(trainer: Trainer, module: torch.nn.Module) -> None:
             )
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process as soon as another is its parent."""
+def _end_with(parent: int, over: threading.Event) -> None:
+    """Ends this process as soon as another is its parent, unless its part is over."""
     while os.getppid() == parent:
-        time.sleep(1)
+        if over.wait(1):
+            return
     sys.stderr.write(f"Process {os.getpid()} ends, because the process that started it has ended.\n")
     os._exit(1)
 

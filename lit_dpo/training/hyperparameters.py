@@ -8,6 +8,7 @@ from typing import Any
 
 import fsspec
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
@@ -82,26 +83,34 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
 
 
 def _arguments_of_subclass(module: Any) -> dict[str, Any]:
-    """The arguments that a derived class adds, read from its constructor, which is running.
+    """The arguments that derived classes add, read from their constructors, which are running.
 
-    Raises:
-        ValueError: If one is an object that does not keep its arguments as attributes.
+    An argument that is no plain value, such as a function, is left out with a warning.
     """
-    constructor = type(module).__init__
-    own = inspect.signature(constructor).parameters
-    ours = [kind for kind in type(module).__mro__ if kind.__module__.startswith("lit_dpo.")]
-    known = {name for kind in ours for name in _parameters(kind)}
+    kinds = type(module).__mro__
+    first = next(place for place, kind in enumerate(kinds) if kind.__module__.startswith("lit_dpo."))
+    known, found = set(inspect.signature(kinds[first].__init__).parameters), {}  # type: ignore[misc]
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not constructor.__code__:
+    while frame is not None:
+        for kind in kinds[:first]:
+            if "__init__" in vars(kind) and frame.f_code is kind.__init__.__code__:  # type: ignore[misc]
+                found.update({name: frame.f_locals[name] for name in _named(kind) if name not in known})
         frame = frame.f_back
-    added = [name for name, one in own.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    added = [name for name in added if name not in known]
-    return {name: _plain_object(frame.f_locals[name]) for name in added} if frame is not None else {}
+    plain = {}
+    for name, value in found.items():
+        try:
+            plain[name] = str(value) if isinstance(value, Path) else _plain_object(value)
+        except (TypeError, ValueError):
+            rank_zero_warn(
+                f"{type(module).__name__}: the argument {name} is no plain value, so checkpoints leave it out."
+            )
+    return plain
 
 
-def _parameters(kind: type) -> list[str]:
-    """Names of the arguments of a constructor."""
-    return list(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+def _named(kind: type) -> list[str]:
+    """Names of a constructor's arguments, without ``*args`` and ``**kwargs``."""
+    arguments = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return [one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
 
 
 def plain_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

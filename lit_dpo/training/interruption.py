@@ -4,9 +4,13 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from lit_dpo.files.atomic import atomic_write
+
+JOBS = Path("runs/.slurm")  # a file for each SLURM job, which names its checkpoint
 SIGUSR1 = getattr(signal, "SIGUSR1", None)  # POSIX only
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"} | ({SIGUSR1: "SIGUSR1"} if SIGUSR1 else {})
 
@@ -38,17 +42,33 @@ def asks_to_requeue(exception: BaseException) -> bool:
     return isinstance(exception, Terminated) and exception.number == SIGUSR1 and SLURMEnvironment.detect()
 
 
-def is_requeued() -> bool:
-    """Whether this is a SLURM job that runs again."""
-    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+def note_checkpoint(path: Path) -> None:
+    """Notes the checkpoint that a SLURM job would go on from, in a file of the job's number."""
+    if (job := job_number()) is not None:
+        JOBS.mkdir(parents=True, exist_ok=True)
+        with atomic_write(JOBS / job) as beside:
+            beside.write_text(str(path.absolute()), encoding="utf-8")
+
+
+def checkpoint_of_job() -> str | None:
+    """The checkpoint that this SLURM job left, if SLURM runs it again; else None."""
+    job = job_number()
+    if job is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or not (JOBS / job).exists():
+        return None
+    return (JOBS / job).read_text(encoding="utf-8")
+
+
+def job_number() -> str | None:
+    """The number of this SLURM job, with the task's number in a job array; None outside SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
+    return job if SLURMEnvironment.detect() and re.fullmatch(r"\d+(_\d+)?", job) else None
 
 
 def requeue() -> str:
     """Asks SLURM to run this job again. Returns a line that tells what came of it."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch(r"\d+(_\d+)?", job):
-        return f"The job is not requeued: {job!r} is not the number of a SLURM job."
+    if (job := job_number()) is None:
+        return "The job is not requeued: SLURM_JOB_ID does not hold the number of a SLURM job."
     try:
         # SLURM puts scontrol on the path, and the job's number was checked.
         command = ["scontrol", "requeue", job]
@@ -57,4 +77,5 @@ def requeue() -> str:
         return f"The job is not requeued: {error}."
     if done.returncode:
         return f"The job is not requeued: scontrol says {done.stderr.strip()!r}."
-    return f"SLURM runs job {job} again. It goes on from the checkpoint."
+    checkpoint = (JOBS / job).read_text(encoding="utf-8") if (JOBS / job).exists() else None
+    return f"SLURM runs job {job} again. It goes on from {checkpoint or 'the start'}."

@@ -1,5 +1,7 @@
 """Memory: the longest batch of a run is tried before its first step, and an error names what would fit."""
 
+import itertools
+import traceback
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.sampler import PairSampler, share
+from lit_dpo.reference.precompute import batches_ahead
 
 MOST_EPOCHS = 20  # whose batches are looked at
 
@@ -38,18 +41,26 @@ class LongestBatch(Callback):
             return
         pairs: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
         batch = pairs[indices].to(device)
+        failed = None
         try:
             _try(trainer, pl_module, batch)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)  # they hold what the pass had computed
+            failed = str(error)
+        if failed is not None:
             # Other processes would not take part in more passes.
             fits = _what_fits(trainer, pl_module, pairs, indices) if trainer.world_size == 1 else None
-            raise torch.OutOfMemoryError(f"The longest batch of this run {_told(batch, fits)}") from error
+            raise torch.OutOfMemoryError(f"The longest batch of this run {_told(batch, fits)}\n{failed}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the batch, to name it."""
         self._batch = batch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is done."""
+        self._batch = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Names the batch in an error about memory."""
@@ -72,13 +83,11 @@ def longest_batch(trainer: Trainer) -> list[int]:
         return []
     dataset: Any = sampler.dataset
     tokens = torch.tensor(dataset.num_tokens(range(len(dataset))))
-    size = sampler.batch_size * sampler.num_replicas
-    last = trainer.current_epoch + MOST_EPOCHS
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        last = min(last, trainer.max_epochs)
-    longest, most = [], -1
-    for epoch in range(trainer.current_epoch, last):
-        batches = sampler.order(epoch)[: len(sampler) * size].view(-1, size)
+    longest: list[int] = []
+    most = -1
+    for batches in itertools.islice(batches_ahead(trainer, sampler), MOST_EPOCHS):
+        if not len(batches):
+            continue
         totals = tokens[batches].sum(1)
         if int(totals.max()) > most:
             most, longest = int(totals.max()), batches[int(totals.argmax())].tolist()
@@ -111,6 +120,7 @@ def _what_fits(trainer: Trainer, module: Any, pairs: Any, indices: list[int]) ->
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)
             number //= 2
         else:
             return number

@@ -75,6 +75,8 @@ class EpochPosition:
         Another size of batches goes on with the pairs that are left. With ``allow_mismatch``, other pairs begin the
         epoch anew. At the beginning of an epoch nothing has to fit.
         """
+        if "pairs" not in stored:  # a stream's
+            return {"epoch": 0, "pairs": 0} if allow_mismatch else None
         if stored["pairs"] == stored["epoch"] == 0:  # nothing was trained, as when the Tuner tries sizes of batches
             return stored
         same_pairs = all(name.startswith(PER_BATCH) for name in differing)
@@ -211,7 +213,8 @@ def fitted_position(position: Position | None, stored: State | None, trainer: Tr
     if stored is None or position is None:
         return None
     if "batches" in stored:  # format 1 counted batches
-        stored = {**stored, "pairs": stored["batches"] * stored[PER_BATCH]}
+        done = stored["batches"] * stored[PER_BATCH]
+        stored = {name: value for name, value in stored.items() if name != "batches"} | {"pairs": done}
     order = position.order
     before = {name: value for name, value in stored.items() if name not in STATE}
     differing = [

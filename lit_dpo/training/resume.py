@@ -94,7 +94,7 @@ def fit_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> float:
         return 1.0
     was = checkpoint.get(type(data).__qualname__, {})
     stored, fit_loop = data.resumed_position(), checkpoint["loops"]["fit_loop"]
-    if stored is None:
+    if stored is None or PER_BATCH not in was:
         return 1.0
     epochs, batches = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]
     first = position.sampler(stored).first_batch(stored["epoch"])

@@ -47,6 +47,7 @@ def build_optimizer(
         optimizer = make(parameter for parameter in parameters if parameter.requires_grad)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model.optimizer does not take its settings: {error}.") from error
-    for group in optimizer.param_groups if rate is not None else ():
-        group["lr"] = rate
+    if rate is not None:
+        for settings in (optimizer.defaults, *optimizer.param_groups):  # a checkpoint stores the defaults
+            settings["lr"] = rate
     return optimizer

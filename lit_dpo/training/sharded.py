@@ -9,8 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_dpo.policy.sharding import is_part, sharded_names
-from lit_dpo.reference import MovingReference
-from lit_dpo.reference.initial import InitialPolicy
 from lit_dpo.training.ranks import gather_objects
 
 
@@ -96,6 +94,6 @@ class KeepInStep(Callback):
             self._behind = max(gather_objects(trainer, own)) - own
 
     def _catch_up(self, module: Any) -> None:
-        live = isinstance(module.reference, InitialPolicy | MovingReference)  # which computes with the same base
+        live = getattr(module.reference, "policy", None) is module.policy  # the reference computes with the same base
         module.policy.keep_in_step(self._behind * (2 if live else 1))
         self._behind = 0

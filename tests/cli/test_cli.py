@@ -703,9 +703,15 @@ def test_slurm_requeues_a_job_which_then_goes_on(tiny: list[str], monkeypatch: p
     assert not list(Path().glob("hpc*"))
     step = torch.load("runs/dpo/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    main(["fit", *tiny, "--trainer.max_epochs", str(step // 4 + 2), "--samples.num_prompts", "0"])
+    more = ["--trainer.max_epochs", str(step // 4 + 2), "--samples.num_prompts", "0"]
+    with monkeypatch.context() as other:
+        other.setenv("SLURM_JOB_ID", "18")  # a job of the same name takes nothing of it
+        main(["fit", *tiny, "--run_name", "other", "--trainer.max_steps", "1"])
+        assert torch.load("runs/other/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
+    main(["fit", *tiny, *more])
     last = torch.load("runs/dpo/version_1/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == (step // 4 + 2) * 4
+    assert Path("runs/.slurm/17").read_text().endswith("runs/dpo/version_1/checkpoints/last.ckpt")
     first = min(row["step"] for row in metrics(Path("runs/dpo/version_1")) if "train/loss" in row)
     assert first in (step, step + 1), "the steps before are not repeated"
 

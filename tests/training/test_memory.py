@@ -54,6 +54,16 @@ def test_the_longest_batch_is_tried_first(tiny_base: str, long_pairs: str, monke
     assert len(limit.tried) == 1 + 3 * 4
 
 
+def test_no_batch_that_the_run_does_not_take_is_tried(
+    tiny_base: str, long_pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LongestBatch, "devices", ("cpu",))
+    limit = Limit(monkeypatch, 10**6)
+    fit(module(tiny_base), data(long_pairs, shuffle=False), max_steps=1)
+    assert limit.tried[0] == limit.tried[1]
+    assert len(limit.tried) == 2
+
+
 def test_the_trial_changes_nothing(tiny_base: str, pairs_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not where dropout draws, and an objective keeps running numbers."""
     from peft import LoraConfig
@@ -103,7 +113,8 @@ def test_each_rank_takes_its_share(tiny_base: str, long_pairs: str) -> None:
     for rank in range(2):
         sampler = PairSampler(pairs, batch_size=2, num_replicas=2, rank=rank, shuffle=False)
         loader = SimpleNamespace(sampler=sampler)
-        trainer: Any = SimpleNamespace(train_dataloader=loader, current_epoch=0, max_epochs=1)
+        length = {"max_epochs": 1, "max_steps": -1, "num_training_batches": 2, "accumulate_grad_batches": 1}
+        trainer: Any = SimpleNamespace(train_dataloader=loader, current_epoch=0, global_step=0, **length)
         shares.append(longest_batch(trainer))
     assert sorted(shares[0] + shares[1]) == [0, 1, 2, 3]
     assert shares[0] == [2, 1]

@@ -149,6 +149,17 @@ def test_a_checkpoint_of_the_first_format_goes_on(tiny_base: str, pairs_file: st
     assert seen.rows == whole.rows[6:]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_first_format_goes_on_in_other_batches(
+    tiny_base: str, pairs_file: str, tmp_path: Path, batch_size: int
+) -> None:
+    path = Path(__file__).with_name("format_1.pt")
+    with pytest.warns(UserWarning, match="goes on after 6 pairs"):
+        seen, _ = run(tiny_base, pairs_file, tmp_path, path, max_epochs=1, data={"batch_size": batch_size})
+    whole, _ = run(tiny_base, pairs_file, tmp_path / "whole", max_epochs=1)
+    assert seen.rows == whole.rows[6 : 6 + 10 // batch_size * batch_size]
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
     run(tiny_base, pairs_file, tmp_path, max_steps=1)
     checkpoint = torch.load(last(tmp_path), weights_only=True)
