@@ -19,6 +19,7 @@ from lit_dpo.cli.errors import line_for, one_line, with_suggestion
 from lit_dpo.cli.overrides import (
     LIGHTNING_CHECKPOINTS,
     check_environment,
+    check_nulls,
     given_checkpoint,
     last_given,
     new_classes_start_afresh,
@@ -183,6 +184,9 @@ class DPOCLI(LightningCLI):
         if self.subcommand in OWN and self.subcommand not in LIKE_FIT:
             return
         config = self.config[self.subcommand]
+        for key, kind in (("model", self._model_class), ("data", self._datamodule_class)):
+            if isinstance(kind, type):
+                check_nulls(key, kind, config[key])
         follows = last_given(self._args, str(self.subcommand), "data.seed") is None
         if type(config.seed_everything) is int and follows and "seed" in config.data:
             config.data.seed = config.seed_everything

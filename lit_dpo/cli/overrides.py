@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
 import torch
@@ -155,6 +155,19 @@ def check_environment(parser: Any, command: str) -> None:
                 f"in the variable of the class, as YAML: {prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: "
                 "{beta: 0.2}}'."
             )
+
+
+def check_nulls(key: str, kind: type, config: Any) -> None:
+    """Checks that no argument of a class is null in a configuration file that must not be. The parser lets it pass.
+
+    Raises:
+        ValueError: If one is.
+    """
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    for name, hint in hints.items():
+        optional = hint is Any or type(None) in get_args(hint)
+        if not optional and name in config and config[name] is None and name != "return":
+            raise ValueError(f"{key}.{name} must not be null. Leave it out for its default.")
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def checked_placement(trainer: Trainer | None, quantized: bool) -> Placement:
 
 
 def check_trainer(trainer: Trainer, quantized: bool) -> None:
-    """Checks that the strategy has been tested, and that no callback averages packed weights.
+    """Checks the strategy, how often the run evaluates, and that no callback averages packed weights.
 
     Raises:
         ValueError: If a check fails. The message names the strategy or the callback, and the remedy.
@@ -78,6 +78,10 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
             f"trainer.strategy {type(trainer.strategy).__name__} is not supported: it has not been tested, and a "
             "strategy that shards weights could silently train each rank separately. Use one device, "
             "trainer.strategy=ddp or, if the base does not fit on one GPU, trainer.strategy=sharded."
+        )
+    if getattr(trainer, "check_val_every_n_epoch", None) == 0:
+        raise ValueError(
+            "trainer.check_val_every_n_epoch must be 1 or more. To leave evaluations out: limit_val_batches=0."
         )
     for callback in getattr(trainer, "callbacks", []):
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):

@@ -41,12 +41,17 @@ def build_optimizer(
         rate: The learning rate of all parameters; None leaves what ``make`` sets.
 
     Raises:
-        ValueError: If the optimizer does not take its settings.
+        ValueError: If the optimizer does not take its settings, or cannot train adapters.
     """
     try:
         optimizer = make(parameter for parameter in parameters if parameter.requires_grad)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model.optimizer does not take its settings: {error}.") from error
+    if isinstance(optimizer, torch.optim.SparseAdam | torch.optim.LBFGS):
+        raise ValueError(
+            f"model.optimizer {type(optimizer).__name__} does not serve here: SparseAdam needs sparse gradients, and "
+            "LBFGS computes the loss several times in a step. Use another, such as AdamW."
+        )
     if rate is not None:
         for settings in (optimizer.defaults, *optimizer.param_groups):  # a checkpoint stores the defaults
             settings["lr"] = rate
