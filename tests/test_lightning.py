@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import re
 import runpy
 import sys
@@ -445,7 +446,8 @@ def test_the_example_of_ray(tiny_base: str) -> None:
     code = example("Ray").replace("Qwen/Qwen2-0.5B-Instruct", tiny_base)
     code = code.replace('"pairs.jsonl"', repr(str(Path("pairs.jsonl").absolute())))
     Path("own.py").write_text(code.replace("use_gpu=True", "use_gpu=False"), encoding="utf-8")
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     try:
         runpy.run_path("own.py", run_name="__main__")
     finally:
