@@ -25,6 +25,8 @@ LONGEST = (
     "test_optimizer_steps[sigmoid",
     "test_on_the_embedded_model",
     "test_two_processes",
+    "test_a_split_base_gives",  # these fork, which is safe only in a process that has no other threads yet
+    "test_processes_that_train_different",
     "test_compiled_layers_give",
     "test_a_run_that_is_interrupted",
     "test_the_script_for_a_gpu",

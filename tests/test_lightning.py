@@ -157,6 +157,8 @@ def test_overfit_batches_are_the_same_in_each_epoch(tiny_base: str, pairs_file: 
     assert rows.batches[:2] == rows.batches[2:4] == rows.batches[4:]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_tuner_finds_a_rate_and_a_size_of_batches(tiny_base: str, pairs_file: str) -> None:
     adam = {"optimizer": torch.optim.AdamW}
     model, pairs = module(tiny_base, **adam), data(pairs_file, batch_size=1)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -78,7 +79,7 @@ OPTIONS: dict[str, Any] = {
     "save_config_callback": SaveFitConfig,
     "seed_everything_default": 42,
     "parser_class": Parser,
-    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False, "default_env": True, "env_prefix": "PL"},
+    "parser_kwargs": {"prog": "lit_dpo", "allow_abbrev": False},
     "auto_configure_optimizers": False,  # the module has its own optimizer and schedule
 }
 
@@ -102,7 +103,11 @@ class DPOCLI(LightningCLI):
         **options: Any,
     ) -> None:
         self._args = sys.argv[1:] if args is None else args
-        super().__init__(model_class, datamodule_class, args=args, **{**OPTIONS, **options})
+        options = {**OPTIONS, **options}
+        # Reading variables takes a tenth of a second, so it is done only if there are any: PL_FIT__TRAINER__MAX_EPOCHS.
+        given = any(re.match(r"PL_[A-Z]+__", name) for name in os.environ)
+        options["parser_kwargs"] = {"default_env": given, "env_prefix": "PL", **options["parser_kwargs"]}
+        super().__init__(model_class, datamodule_class, args=args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's name and the callbacks, each configurable under its own key."""

@@ -71,6 +71,8 @@ for data, options in {cases}:
 """
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_models_and_data_of_the_hub(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One process with empty caches asks for data that it cannot have, and then trains two steps."""
     folder = tmp_path_factory.mktemp("hub")

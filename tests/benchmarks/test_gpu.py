@@ -6,6 +6,8 @@ import pytest
 from tests.benchmarks import gpu
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore", "default::pytest.PytestWarning")  # those of other libraries, on models this small
 def test_the_script_for_a_gpu_runs_in_a_tiny_form_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_base: str, pairs_file: str

@@ -156,6 +156,8 @@ def learning_rates(version: int) -> list[float]:
     return [row["lr-AdamW"] for row in metrics(Path(f"runs/dpo/version_{version}")) if "lr-AdamW" in row]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_optimizers_settings_follow_the_same_rule(tiny: list[str]) -> None:
     constant = [
         *(*tiny, "--model.lr_scheduler", "constant", "--model.warmup", "0"),
@@ -456,6 +458,8 @@ def checkpoint(tiny: list[str]) -> str:
     return "runs/dpo/version_0/checkpoints/last.ckpt"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_which_checkpoint_is_meant_is_never_guessed(tiny: list[str], checkpoint: str) -> None:
     saved = "runs/dpo/version_0/config.yaml"
     with pytest.raises(ValueError, match="ckpt_path is .* at first and None in the end: give it after the files"):
@@ -584,6 +588,8 @@ def test_what_an_objective_refuses_is_told_in_a_line(
     assert message in line
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_part_of_a_stored_objective_can_be_given_anew(tiny: list[str]) -> None:
     parts = ["--model.objective.divergence", "AlphaDivergence", "--model.objective.divergence.alpha", "0.3"]
     main(["fit", *tiny, "--model.objective.beta", "0.5", *parts])

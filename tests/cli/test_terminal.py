@@ -150,6 +150,8 @@ def test_a_number_of_batches_is_not_a_share() -> None:
         assert (found, type(found)) == (expected, type(expected))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_help_tells_of_every_argument_and_is_quick_once_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "lit_dpo", "fit", "--help"]

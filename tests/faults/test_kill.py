@@ -7,7 +7,10 @@ import pytest
 from tests.faults.kill import kill
 
 
-@pytest.mark.parametrize(("kills", "ranks"), [(2, 1), pytest.param(10, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "ranks"),
+    [pytest.param(2, 1, marks=[pytest.mark.slow, pytest.mark.ci]), pytest.param(10, 2, marks=pytest.mark.slow)],
+)
 def test_killed_runs_end_as_if_they_had_not_been_killed(
     kills: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,8 @@ def test_optimizer_steps(embedded_base: str, name: str, steps: int) -> None:
     assert_same(torch.tensor(losses), torch.tensor(record), 20 * SMOLLM2)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_on_the_shipped_pairs_with_truncation(embedded_base: str) -> None:
     record = recorded("examples")
     assert_equal(ours(read_rows(EXAMPLES, record["pairs"]), record["max_length"]), record)

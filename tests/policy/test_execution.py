@@ -53,6 +53,8 @@ def test_when_compiling_pays() -> None:
     assert compilation_pays("auto", cpu, 10**6) == can_compile_on_cpu()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile_on_cpu(), reason="there is no C++ compiler, or no vector instructions")
 def test_compiled_layers_give_the_same_for_batches_of_any_length(tiny_base: str) -> None:
     plain, compiled = tiny_policy(tiny_base), tiny_policy(tiny_base)

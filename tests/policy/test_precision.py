@@ -31,6 +31,8 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_without_quantization_no_bitsandbytes_is_needed(tiny_base: str, pairs_file: str) -> None:
     ran = run(WITHOUT.format(base=tiny_base, pairs=pairs_file, quantization=None))
     assert "trained" in ran.stdout, ran.stderr

@@ -37,6 +37,8 @@ def weights(version: int) -> dict[str, torch.Tensor]:
     return dict(torch.load(f"runs/dpo/version_{version}/checkpoints/last.ckpt", weights_only=True)["state_dict"])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_dead_worker_loses_nothing(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
     run = ["fit", *tiny, "--data.num_workers", "1", "--trainer.max_epochs", "2"]

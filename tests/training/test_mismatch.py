@@ -52,7 +52,9 @@ def last(root: Path) -> Path:
     return root / "checkpoints/last.ckpt"
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 1), (1, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate"), [(4, 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 1), (3, 2)))]
+)
 def test_another_size_of_batches_goes_on_with_the_pairs_not_yet_seen(
     tiny_base: str, pairs_file: str, tmp_path: Path, batch_size: int, accumulate: int
 ) -> None:
@@ -149,7 +151,7 @@ def test_a_checkpoint_of_the_first_format_goes_on(tiny_base: str, pairs_file: st
     assert seen.rows == whole.rows[6:]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_first_format_goes_on_in_other_batches(
     tiny_base: str, pairs_file: str, tmp_path: Path, batch_size: int
 ) -> None:

@@ -113,7 +113,10 @@ def test_a_run_that_ends_after_the_last_step_of_an_epoch(
         assert torch.equal(parameter, expected[name]), name
 
 
-@pytest.mark.parametrize("first", [{"max_epochs": 1}, {"max_steps": 5}, {"max_steps": 8}])
+@pytest.mark.parametrize(
+    "first",
+    [{"max_steps": 5}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"max_epochs": 1}, {"max_steps": 8}))],
+)
 def test_a_finished_run_goes_on_as_if_it_had_not_ended(
     tiny_base: str, pairs_file: str, tmp_path: Path, first: dict[str, int]
 ) -> None:
