@@ -114,7 +114,7 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1) or num_workers < 0:
-            raise ValueError("data.batch_size, data.eval_batch_size must be at least 1, data.num_workers at least 0.")
+            raise ValueError("data.batch_size and data.eval_batch_size are at least 1, data.num_workers is at least 0.")
         self.loading = PairLoading(
             sources_of(source, "source", split=split, subset=subset, revision=revision),
             None if val_source is None else sources_of(val_source, "val_source"),

@@ -208,6 +208,8 @@ def test_many_tools_at_once(tiny: list[str]) -> None:  # noqa: F811
         *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val/rewards/accuracies"),
         *("--trainer.callbacks.mode", "max", "--trainer.callbacks+=DeviceStatsMonitor"),
         *("--trainer.callbacks+=lit_dpo.callbacks.AdapterAverage", "--trainer.max_time", "00:01:00:00"),
+        *("--trainer.callbacks+=Timer", "--trainer.callbacks.interval", "step"),
+        *("--trainer.callbacks+=ThroughputMonitor", "--trainer.callbacks.batch_size_fn", "builtins.len"),
         *("--trainer.val_check_interval", "0.5", "--trainer.max_epochs", "50", "--trainer.detect_anomaly", "true"),
         *("--trainer.enable_model_summary", "true", "--trainer.profiler", "simple"),
     ]
@@ -254,6 +256,10 @@ def test_environment_variables(tiny: list[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEP", "1")
     with pytest.raises(ValueError, match="PL_FIT__TRAINER__MAX_STEP is no option of fit. Did you mean PL_FIT"):
         main(["fit", *tiny])
+    monkeypatch.delenv("PL_FIT__TRAINER__MAX_STEP")
+    monkeypatch.setenv("PL_TRAINER__MAX_STEPS", "1")
+    with pytest.raises(ValueError, match="PL_TRAINER__MAX_STEPS belongs to no command. Did you mean PL_FIT__"):
+        main(["fit", *tiny])
 
 
 def test_runs_that_start_at_the_same_time_have_folders_of_their_own() -> None:
@@ -299,12 +305,13 @@ def test_what_counts_as_a_secret() -> None:
         "access_token": "a",
         "tokenizer": "b",
         "max_tokens": 3,
+        "pad_token": "<pad>",
         "uri": "https://me:pw@host/x",
         "list": [{"password": "c"}],
     }
     with pytest.warns(UserWarning, match="does not hold the secret access_token, list.password, uri"):
         kept = without_secrets(Namespace(**found))
-    assert kept.access_token is None
+    assert (kept.access_token, kept.pad_token) == (None, "<pad>")
     assert (kept.tokenizer, kept.max_tokens, kept.uri) == ("b", 3, "https://***@host/x")
     assert kept.list[0]["password"] is None
     assert found["list"][0]["password"] == "c"  # type: ignore[index]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_dpo.callbacks.adapter import AdapterExport
 from lit_dpo.callbacks.samples import ComparisonSamples
+from lit_dpo.training.checkpoint import trained_parameters
 from lit_dpo.training.resume import AVERAGE
 
 
@@ -55,7 +56,7 @@ class AdapterAverage(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins with the adapters as they are, or as a checkpoint left both."""
-        trained = _trained(pl_module)
+        trained = trained_parameters(pl_module)
         if self._current is not None:
             for name, value in self._current.items():
                 trained[name].data.copy_(value)
@@ -71,7 +72,7 @@ class AdapterAverage(Callback):
             return
         self._steps = trainer.global_step
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
-        for name, value in _trained(pl_module).items():
+        for name, value in trained_parameters(pl_module).items():
             self._average[name].lerp_(value, 1 - decay)
         self._updates += 1
 
@@ -98,7 +99,7 @@ class AdapterAverage(Callback):
         """Stores the average as the weights, and the adapters in training beside it."""
         if not self._average:
             return
-        policy, kept = _trained(pl_module), self._average
+        policy, kept = trained_parameters(pl_module), self._average
         average, current = (policy, kept) if self._swapped else (kept, policy)
         checkpoint["state_dict"].update({name: value.detach().clone() for name, value in average.items()})
         copies = {name: value.detach().clone() for name, value in current.items()}
@@ -112,13 +113,8 @@ class AdapterAverage(Callback):
 
     @torch.no_grad()
     def _swap(self, module: Any) -> None:
-        for name, value in _trained(module).items():
+        for name, value in trained_parameters(module).items():
             other = self._average[name].clone()
             self._average[name].copy_(value)
             value.data.copy_(other)
         self._swapped = not self._swapped
-
-
-def _trained(module: Any) -> dict[str, Tensor]:
-    """The trained parameters, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

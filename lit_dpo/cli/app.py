@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_dpo.callbacks import AdapterExport, ComparisonSamples, ParameterSummary
-from lit_dpo.cli.config_file import is_inside, keep_earlier, without_secrets
+from lit_dpo.cli.config_file import SaveFitConfig, check_folder
 from lit_dpo.cli.defaults import BAREBONES, CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
 from lit_dpo.cli.errors import line_for, one_line, with_suggestion
 from lit_dpo.cli.overrides import (
@@ -35,7 +35,6 @@ from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.console import make_streams_safe
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
-from lit_dpo.training.run_dir import run_dir
 
 # Arguments of our own commands that are built from the options of fit
 GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
@@ -56,23 +55,6 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"error: {with_suggestion(one_line(message), parser)}\n")
         self.exit(2)
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` only for ``fit``, so that a later ``validate`` cannot overwrite it.
-
-    Secrets, such as a logger's ``api_key``, are left out.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves into the run's folder."""
-        if stage != "fit" or self.already_saved:
-            return
-        path = run_dir(trainer) / self.config_filename
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(without_secrets(self.config), str(path), skip_none=False, overwrite=True)
-        self.already_saved = True
 
 
 OPTIONS: dict[str, Any] = {
@@ -154,8 +136,9 @@ class DPOCLI(LightningCLI):
             ValueError: If it is not clear which checkpoint is meant.
         """
         command = next((arg for arg in self._args if arg in DESCRIPTIONS), None)
+        if command is not None:
+            check_environment(self._subcommand_parsers[command], command, DESCRIPTIONS)
         if command is not None and command not in OWN:
-            check_environment(self._subcommand_parsers[command], command)
             self._args = with_checkpoint_of_run(self._args, command)
         path = None if command is None or command in OWN else given_checkpoint(self._args, command)
         stored: dict[str, Any] = {}
@@ -214,21 +197,8 @@ class DPOCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
 
     def before_fit(self) -> None:
-        """Lets a logger of a fixed version go on with its own run, and with no other.
-
-        Lightning's loggers replace files without asking as soon as a run begins.
-
-        Raises:
-            ValueError: If the folder belongs to another run.
-        """
-        if not any(isinstance(callback, SaveFitConfig) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            return  # a dry run leaves no files
-        folder = run_dir(self.trainer)
-        path = folder / "config.yaml"
-        if self.trainer.is_global_zero and path.exists():
-            if not self.trainer.loggers or not is_inside(self.config.fit.ckpt_path, folder):
-                raise ValueError(f"{path} belongs to another run. Choose another folder or version for the logger.")
-            keep_earlier(path, folder / "metrics.csv")
+        """Checks that the run's folder is its own, before Lightning's loggers replace files in it."""
+        check_folder(self.trainer, self.config.fit.ckpt_path)
 
     def _taken(self) -> set[str]:
         """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""

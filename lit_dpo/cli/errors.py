@@ -102,7 +102,8 @@ def message_of_class(message: str) -> str:
     said = re.search(r"Errors:\n(.*)\nGiven value type", message, re.DOTALL)
     items = re.split(r"^ *- ", said[1], flags=re.MULTILINE) if said else []
     theirs = ("Expected", "Does not validate", "Import path", "Problem with", "Not of type")
-    words = [" ".join(item.split()) for item in items if item.strip() and not item.startswith(theirs)]
+    listed = ("Not a valid subclass", "a class path", "a dict")  # what a class could be
+    words = [" ".join(item.split()) for item in items if item.strip() and not item.startswith(theirs + listed)]
     problem = re.search(r"Problem with given class_path '([^']+)':\n\s*([^\n]+)", message)
     if not words and problem:
         return f"{problem[1]}: {problem[2]}"

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -138,15 +138,23 @@ def read_integers_first(parser: Any) -> None:
             action._typehint = int | float | None
 
 
-def check_environment(parser: Any, command: str) -> None:
+def check_environment(parser: Any, command: str, commands: Container[str]) -> None:
     """Checks that each environment variable of a command, such as ``PL_FIT__TRAINER__MAX_EPOCHS``, is an option.
 
+    Args:
+        parser: The parser of the command.
+        command: The command in use.
+        commands: All commands. Variables of the others are left alone.
+
     Raises:
-        ValueError: If one is not. The parser would ignore it.
+        ValueError: If one is not, or if it belongs to no command. The parser would ignore it.
     """
     prefix = f"PL_{command}__".upper()
     known = {prefix + action.dest.replace(".", "__").upper() for action in parser._actions}
     for name in os.environ:
+        owner = re.match(r"PL_([A-Z]+)__", name)
+        if owner is not None and owner[1].lower() not in commands:
+            raise ValueError(f"The environment variable {name} belongs to no command. Did you mean {prefix}…?")
         if name.startswith(prefix) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             nearest = f" Did you mean {close[0]}?" if close else ""

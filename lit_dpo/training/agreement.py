@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from lit_dpo.training.checkpoint import trained_parameters
 from lit_dpo.training.ranks import gather_objects
 from lit_dpo.training.step import OptimizerStep
 
-CLOSE = 1e-4  # relative; the rounding of different GPUs stays far below it
+CLOSE = 1e-4  # relative. All take the same gradients, so only the rounding of their optimizer steps can differ
 
 
 class Together(Callback):
@@ -61,7 +62,7 @@ def check_weights(trainer: Trainer, module: torch.nn.Module) -> None:
     """
     if trainer.world_size == 1:
         return
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = trained_parameters(module)
     ranks = gather_objects(trainer, torch.stack([_summary(parameter) for parameter in trained.values()]).cpu())
     for rank, other in enumerate(ranks):
         differing = ((other - ranks[0]).abs() > CLOSE * ranks[0][:, 1:]).any(1).nonzero()[:, 0].tolist()

@@ -10,14 +10,20 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lit_dpo.files.atomic import atomic_write
 from lit_dpo.policy.adapters import MOVING_ADAPTER, belongs_to
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def kept_names(module: Any) -> set[str]:
     """Names in a checkpoint's state dict: trained adapters, the moving copy, the objective's running statistics."""
-    kept = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    kept = set(trained_parameters(module))
     kept |= {name for name, _ in module.named_parameters() if belongs_to(name, MOVING_ADAPTER)}
     return kept | {f"objective.{name}" for name in module.objective.state_dict()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_dpo.policy.sharding import base_digest
 
@@ -20,9 +20,16 @@ class Fingerprint(Callback):
     ``DPOModule`` adds this callback itself.
     """
 
+    def __init__(self) -> None:
+        self._own: dict[str, str] | None = None  # of this run; it takes some tenths of a second
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Forgets an earlier run's."""
+        self._own = None
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint and the version of the format."""
-        checkpoint[KEY] = {"version": VERSION, "fingerprint": fingerprint(trainer, pl_module)}
+        checkpoint[KEY] = {"version": VERSION, "fingerprint": self._of(trainer, pl_module)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Compares the fingerprint with this run's.
@@ -31,19 +38,27 @@ class Fingerprint(Callback):
             ValueError: If they differ in ``fit``, unless the model's ``allow_mismatch`` is set; or if a later version
                 of this package has written the checkpoint.
         """
-        stored = checkpoint.get(KEY, {"version": 1, "fingerprint": {}})
+        if KEY not in checkpoint:
+            rank_zero_info("The checkpoint has format 1, which names no base and no tokenizer: they are not compared.")
+            return
+        stored = checkpoint[KEY]
         if stored["version"] > VERSION:
             raise ValueError(
                 f"The checkpoint has the format {stored['version']}, of a later lit_dpo. This one reads formats up to "
                 f"{VERSION}. Update lit_dpo."
             )
-        differing = differences(stored["fingerprint"], fingerprint(trainer, pl_module))
+        differing = differences(stored["fingerprint"], self._of(trainer, pl_module))
         if not differing:
             return
         message = f"The checkpoint was trained with another {' and another '.join(differing)}."
         if trainer.state.fn == "fit" and not pl_module.allow_mismatch:
             raise ValueError(f"{message} If that is meant, set model.allow_mismatch=true.")
         rank_zero_warn(message)
+
+    def _of(self, trainer: Trainer, module: Any) -> dict[str, str]:
+        if self._own is None:
+            self._own = fingerprint(trainer, module)
+        return dict(self._own)
 
 
 def fingerprint(trainer: Trainer, module: Any) -> dict[str, str]:

@@ -43,19 +43,23 @@ def asks_to_requeue(exception: BaseException) -> bool:
 
 
 def note_checkpoint(path: Path) -> None:
-    """Notes the checkpoint that a SLURM job would go on from, in a file of the job's number."""
-    if (job := job_number()) is not None:
-        JOBS.mkdir(parents=True, exist_ok=True)
-        with atomic_write(JOBS / job) as beside:
-            beside.write_text(str(path.absolute()), encoding="utf-8")
+    """Notes the checkpoint that a SLURM job would go on from, in a file of the job's number. Not if there is none."""
+    job, text = job_number(), str(path.absolute())
+    if job is None or not path.exists() or _noted(job) == text:
+        return
+    JOBS.mkdir(parents=True, exist_ok=True)
+    with atomic_write(JOBS / job) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def checkpoint_of_job() -> str | None:
     """The checkpoint that this SLURM job left, if SLURM runs it again; else None."""
     job = job_number()
-    if job is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or not (JOBS / job).exists():
-        return None
-    return (JOBS / job).read_text(encoding="utf-8")
+    return None if job is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 else _noted(job)
+
+
+def _noted(job: str) -> str | None:
+    return (JOBS / job).read_text(encoding="utf-8") if (JOBS / job).exists() else None
 
 
 def job_number() -> str | None:
@@ -77,5 +81,4 @@ def requeue() -> str:
         return f"The job is not requeued: {error}."
     if done.returncode:
         return f"The job is not requeued: scontrol says {done.stderr.strip()!r}."
-    checkpoint = (JOBS / job).read_text(encoding="utf-8") if (JOBS / job).exists() else None
-    return f"SLURM runs job {job} again. It goes on from {checkpoint or 'the start'}."
+    return f"SLURM runs job {job} again. It goes on from {_noted(job) or 'the start'}."

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.sampler import PairSampler, share
 from lit_dpo.reference.precompute import batches_ahead
+from lit_dpo.training.checkpoint import trained_parameters
 
 MOST_EPOCHS = 20  # whose batches are looked at
 
@@ -65,7 +66,7 @@ class LongestBatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Names the batch in an error about memory."""
         if is_out_of_memory(exception) and isinstance(self._batch, PairBatch):
-            exception.args = (f"The batch in training {_told(self._batch)}",)
+            exception.args = (f"The batch in training {_told(self._batch)}\n{exception}",)
             self._batch = None
 
 
@@ -99,7 +100,7 @@ def longest_batch(trainer: Trainer) -> list[int]:
 def _try(trainer: Trainer, module: Any, batch: PairBatch) -> None:
     """A forward and backward pass whose gradients are thrown away."""
     device = batch.input_ids.device
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = list(trained_parameters(module).values())
     state = {name: value.clone() for name, value in module.objective.state_dict().items()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with trainer.precision_plugin.forward_context():

@@ -103,6 +103,11 @@ def fit_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> float:
         ahead = first - batches["current"]["processed"]
         batches["current"].update({name: count + ahead for name, count in batches["current"].items()})
     accumulate = was.get(ACCUMULATE, trainer.accumulate_grad_batches)
+    if accumulate != trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            f"trainer.accumulate_grad_batches was {accumulate} and is now {trainer.accumulate_grad_batches}. The "
+            "schedule of the learning rate goes on at the same share of the run."
+        )
     return float(was[PER_BATCH] * accumulate / (position.order[PER_BATCH] * trainer.accumulate_grad_batches))
 
 

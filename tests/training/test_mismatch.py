@@ -1,5 +1,6 @@
 """A run that resumes with another base, tokenizer, data or size of batches than its checkpoint's."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*dataloader' does not have many workers",
     "ignore:The number of training batches",
     "ignore:You're resuming",
+    "ignore:trainer.accumulate_grad_batches was",
     "ignore:The PEFT config's `base_model_name_or_path` was renamed",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
@@ -83,6 +85,12 @@ def test_half_the_batches_accumulated_twice_go_on_as_before(tiny_base: str, pair
     assert then.rates[1::2] == pytest.approx(whole.rates[6:])
 
 
+def test_another_accumulation_is_told(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+    run(tiny_base, pairs_file, tmp_path, max_epochs=1)
+    with pytest.warns(UserWarning, match="accumulate_grad_batches was 1 and is now 2.*same share of the run"):
+        run(tiny_base, pairs_file, tmp_path / "then", last(tmp_path), max_epochs=2, accumulate_grad_batches=2)
+
+
 def other_base(base: str, folder: Path, template: bool) -> str:
     """A copy with one other weight, or with another chat template."""
     shutil.copytree(base, folder)
@@ -141,10 +149,14 @@ def test_other_pairs_begin_the_epoch_anew_if_that_is_meant(tiny_base: str, pairs
     assert len(set(seen.rows)) == 16
 
 
-def test_a_checkpoint_of_the_first_format_goes_on(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_first_format_goes_on(
+    tiny_base: str, pairs_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It was kept from the version before formats had a number: three of eight batches of the first epoch."""
     path = Path(__file__).with_name("format_1.pt")
-    seen, trainer = run(tiny_base, pairs_file, tmp_path, path, max_epochs=1)
+    with caplog.at_level(logging.INFO):
+        seen, trainer = run(tiny_base, pairs_file, tmp_path, path, max_epochs=1)
+    assert "names no base and no tokenizer: they are not compared" in caplog.text
     assert trainer.global_step == 8
     assert len(set(seen.rows)) == 10
     whole, _ = run(tiny_base, pairs_file, tmp_path / "whole", max_epochs=1)

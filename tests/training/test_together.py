@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_dpo.cli.app import main
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.sharding import is_part
 from lit_dpo.training.sharded import ShardedBaseStrategy
 from tests.closeness import TINY, assert_same
 from tests.test_module import STEPS, data, fit, module
@@ -44,6 +46,15 @@ def lines(folder: Path) -> dict[str, torch.Tensor]:
     from tests.cli.test_cli import logged
 
     return logged(folder)
+
+
+class Parts(Callback):
+    """Writes how much of the base this process holds, which a test in the parent process reads."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        parts = [p for p in pl_module.parameters() if is_part(p)]
+        held = sum(p.to_local().numel() for p in parts) / max(1, sum(p.numel() for p in parts))
+        Path(f"{trainer.global_rank}.part").write_text(f"{len(parts)} {held}")
 
 
 def arguments(base: str, pairs: str, *more: str) -> list[str]:
@@ -78,7 +89,12 @@ def test_a_split_base_gives_the_numbers_of_a_whole_one(
     """With 4 bits, held-out pairs that do not divide evenly, and answers that all processes generate together."""
     monkeypatch.chdir(tmp_path)
     split = ["--trainer.strategy", "sharded_fork", "--trainer.devices", str(processes), "--data.batch_size", "2"]
+    split += ["--trainer.callbacks+=tests.training.test_together.Parts"]
     main(arguments(tiny_base, pairs_file, "--run_name", "split", *options, *split))
+    for rank in range(processes):
+        number, held = Path(f"{rank}.part").read_text().split()
+        assert int(number) >= 14, "each linear layer of both decoder layers"
+        assert float(held) == pytest.approx(1 / processes, abs=0.05)
     main(arguments(tiny_base, pairs_file, "--run_name", "whole", *options, "--data.batch_size", str(2 * processes)))
     folders = [Path(f"runs/{name}/version_0") for name in ("split", "whole")]
     assert_same(*map(lines, folders), STEPS * TINY)
