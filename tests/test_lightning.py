@@ -258,6 +258,10 @@ def test_environment_variables(tiny: list[str], monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="PL_FIT__TRAINER__MAX_STEP is no option of fit. Did you mean PL_FIT"):
         main(["fit", *tiny])
     monkeypatch.delenv("PL_FIT__TRAINER__MAX_STEP")
+    with monkeypatch.context() as nested:
+        nested.setenv("PL_FIT__MODEL__OBJECTIVE__BETA", "0.2")
+        with pytest.raises(ValueError, match="An argument of a class is given in the variable of the class, as YAML"):
+            main(["fit", *tiny])
     monkeypatch.setenv("PL_TRAINER__MAX_STEPS", "1")
     with pytest.raises(ValueError, match="PL_TRAINER__MAX_STEPS belongs to no command. Did you mean PL_FIT__"):
         main(["fit", *tiny])

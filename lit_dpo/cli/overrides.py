@@ -156,13 +156,14 @@ def check_environment(parser: Any, command: str, commands: Container[str]) -> No
         if owner is not None and owner[1].lower() not in commands:
             raise ValueError(f"The environment variable {name} belongs to no command. Did you mean {prefix}…?")
         if name.startswith(prefix) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            nearest = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(
-                f"The environment variable {name} is no option of {command}.{nearest} An argument of a class is given "
-                f"in the variable of the class, as YAML: {prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: "
-                "{beta: 0.2}}'."
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            hint = (
+                f"Did you mean {close[0]}?"
+                if close
+                else "An argument of a class is given in the variable of the class, as YAML: "
+                f"{prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: {{beta: 0.2}}}}'."
             )
+            raise ValueError(f"The environment variable {name} is no option of {command}. {hint}")
 
 
 def check_nulls(key: str, kind: type, config: Any) -> None:
