@@ -150,7 +150,8 @@ def check_environment(parser: Any, command: str, commands: Container[str]) -> No
         ValueError: If one is not, or if it belongs to no command. The parser would ignore it.
     """
     prefix = f"PL_{command}__".upper()
-    known = {prefix + action.dest.replace(".", "__").upper() for action in parser._actions}
+    options = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
+    known = {prefix + option.replace(".", "__").upper() for option in options}
     for name in os.environ:
         owner = re.match(r"PL_([A-Z]+)__", name)
         if owner is not None and owner[1].lower() not in commands:
@@ -159,7 +160,7 @@ def check_environment(parser: Any, command: str, commands: Container[str]) -> No
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
             hint = (
                 f"Did you mean {close[0]}?"
-                if close
+                if close and not name.startswith(f"{close[0]}__")
                 else "An argument of a class is given in the variable of the class, as YAML: "
                 f"{prefix}MODEL__OBJECTIVE='{{class_path: Sigmoid, init_args: {{beta: 0.2}}}}'."
             )
