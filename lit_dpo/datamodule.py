@@ -144,7 +144,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes on one process per node. The other processes then read from the cache."""
-        for line in self._load(trains=self.trainer is None or self.trainer.state.fn == "fit"):
+        self.report = self._load(trains=self.trainer is None or self.trainer.state.fn == "fit")
+        for line in self.report:
             rank_zero_info(line)
 
     def setup(self, stage: str) -> None:

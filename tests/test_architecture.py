@@ -24,11 +24,13 @@ FLOORS = {
     "training": 5,
     "module": 6,
     "datamodule": 6,
-    "callbacks": 7,
-    "audit": 7,
-    "commands": 8,
-    "cli": 9,
-    "__main__": 10,
+    "evaluation": 7,
+    "callbacks": 8,
+    "audit": 8,
+    "export": 8,
+    "commands": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 LOOSE = {"__init__.py", "__main__.py", "module.py", "datamodule.py"}  # files at the package's top
 WAY = [

@@ -43,6 +43,7 @@ def convert(gguf: Path) -> Path:
         model.is_quantized = False  # type: ignore[assignment]
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_card(gguf), encoding="utf-8")
         try:
             partial.rename(folder)
         except OSError:  # another process was faster
@@ -76,3 +77,11 @@ def _eos_token(gguf: Path) -> str:
     fields = library.GGUFReader(str(gguf)).fields
     index = int(fields["tokenizer.ggml.eos_token_id"].contents())
     return str(fields["tokenizer.ggml.tokens"].contents(index))
+
+
+def _card(gguf: Path) -> str:
+    """The licence and the name that a GGUF file gives itself, as the head of a model card."""
+    fields = library.GGUFReader(str(gguf)).fields
+    told = {"license": "general.license", "model_name": "general.name"}
+    lines = [f"{key}: {fields[name].contents()}" for key, name in told.items() if name in fields]
+    return "\n".join(["---", *lines, "---", f"Converted from {gguf.name}.", ""])

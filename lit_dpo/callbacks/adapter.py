@@ -1,12 +1,10 @@
 """AdapterExport: saves the aligned adapter in PEFT's format, for any tool that reads it."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.policy.policy import Policy
+from lit_dpo.policy.adapters import save_adapter
 from lit_dpo.training.interruption import is_interruption
 from lit_dpo.training.run_dir import run_dir
 
@@ -44,11 +42,4 @@ class AdapterExport(Callback):
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
         folder = run_dir(trainer) / self.dirname
         if trainer.is_global_zero:
-            save_adapter(pl_module.policy, pl_module.tokenizer, folder)
-
-
-def save_adapter(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes ``adapter_model.safetensors``, ``adapter_config.json``, tokenizer and chat template into ``folder``."""
-    # Embeddings are never trained here. By default PEFT would ask the hub whether they were resized.
-    policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
-    tokenizer.save_pretrained(str(folder))
+            save_adapter(pl_module.model, pl_module.tokenizer, folder)

@@ -1,11 +1,17 @@
-"""RunSummary: prints held-out metrics before the first step and after the last, and the files of the run."""
+"""RunSummary: held-out metrics before the first step and after the last, the files of the run, and ``summary.json``."""
 
+import json
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_dpo.files.atomic import atomic_write
 from lit_dpo.files.console import say
+from lit_dpo.training.environment import hardware, releases
 from lit_dpo.training.run_dir import run_dir
+from lit_dpo.training.throughput import peak_memory
 
 ROWS = ("val/loss", "val/rewards/accuracies", "val/rewards/margins", "val/logps/chosen", "val/logps/rejected")
 FILES = {
@@ -14,15 +20,39 @@ FILES = {
     "config.yaml": "the whole configuration",
     "metrics.csv": "every logged number",
     "samples.md": "base against aligned answers",
+    "summary.json": "data, metrics before and after, hardware and time, for the model card",
 }
+FILENAME = "summary.json"
 
 
 class RunSummary(Callback):
-    """Prints held-out metrics before and after training. The first need ``trainer.num_sanity_val_steps=-1``."""
+    """Prints held-out metrics before and after training, and writes what is to be told of the run to ``summary.json``.
+
+    The metrics before training need ``trainer.num_sanity_val_steps=-1``. A resumed run takes them from its checkpoint.
+    """
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self._seconds = 0.0  # of the runs before, if this one goes on from a checkpoint
+        self._start: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier run's."""
+        if stage == "fit":
+            self.before, self.after, self._seconds, self._start = {}, {}, 0.0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics before training, and the time so far."""
+        return {"before": self.before, "seconds": self._time()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the metrics before training, and the time, of the run that this one goes on from."""
+        self.before, self._seconds = state_dict["before"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the held-out metrics."""
@@ -40,7 +70,7 @@ class RunSummary(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table, and those files of the run that exist."""
+        """Prints the table, writes the file, and prints those files of the run that exist."""
         folder = run_dir(trainer)
         if not trainer.is_global_zero:
             return
@@ -49,7 +79,33 @@ class RunSummary(Callback):
             for name in ROWS:
                 before = f"{self.before[name]:.4f}" if name in self.before else "-"
                 say(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with atomic_write(folder / FILENAME) as path:
+                path.write_text(json.dumps(self._facts(trainer), indent=2) + "\n", encoding="utf-8")
         say(f"\n{folder}/")
         for name, meaning in FILES.items():
             if (folder / name).exists():
                 say(f"  {name:<14}{meaning}")
+
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+        data: Any = getattr(trainer, "datamodule", None)
+        pairs: dict[str, Any] = {name: getattr(data, f"{name}_pairs", None) for name in ("train", "val")}
+        return {
+            "date": datetime.now(UTC).date().isoformat(),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "processes": trainer.world_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+            "num_pairs": {name: len(found) for name, found in pairs.items() if hasattr(found, "indices")},
+            "data": getattr(data, "report", []),
+            "before": self.before,
+            "after": self.after,
+            "hardware": hardware(trainer),
+            "seconds": round(self._time(), 1),
+            "peak_memory_gb": round(peak_memory(trainer) / 1e9, 2),
+            "releases": releases(),
+        }
+
+    def _time(self) -> float:
+        return self._seconds + (0.0 if self._start is None else time.perf_counter() - self._start)

@@ -204,6 +204,8 @@ class DPOCLI(LightningCLI):
         """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""
         if self.subcommand not in OWN:
             return set(GIVEN)
+        if self.subcommand not in LIKE_FIT:
+            return set()
         return set(GIVEN) & inspect.signature(function_of(self.subcommand)).parameters.keys()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -243,10 +245,9 @@ class DPOCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         config, function = self.config_init[subcommand], function_of(subcommand)
-        arguments = {name: config[name] for name in inspect.signature(function).parameters if name not in GIVEN}
-        for name in self._taken():
-            arguments[name] = GIVEN[name](self, config)
-        function(**arguments)
+        taken = self._taken()
+        arguments = {name: config[name] for name in inspect.signature(function).parameters if name not in taken}
+        function(**arguments, **{name: GIVEN[name](self, config) for name in taken})
 
 
 def main(args: list[str] | None = None) -> None:

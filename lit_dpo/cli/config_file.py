@@ -1,6 +1,5 @@
 """The ``config.yaml`` that a run leaves: without secrets, and beside those of earlier starts of the same run."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_dpo.files.secrets import remove_secrets
 from lit_dpo.training.run_dir import run_dir
-
-# Names of arguments. A pad_token or an eos_token is no secret.
-SECRET = re.compile(r"(^|_)(api_?key|access_key|password|secret|(api|access|auth|hf|hub)_token)$|^token$", re.I)
-IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")  # user and password
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -56,7 +52,7 @@ def check_folder(trainer: Trainer, ckpt_path: Any) -> None:
 def without_secrets(config: Namespace) -> Namespace:
     """A copy of a configuration without keys and passwords. Warns of what it leaves out."""
     copy = config.clone()
-    left_out = sorted(set(_remove("", copy)))
+    left_out = sorted(set(remove_secrets(copy)))
     if left_out:
         rank_zero_warn(
             f"config.yaml does not hold the secret {', '.join(left_out)}. Give it again, or in the environment "
@@ -78,21 +74,3 @@ def keep_earlier(*paths: Path) -> None:
             while (kept := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
                 number += 1
             shutil.copy2(path, kept)
-
-
-def _remove(key: str, value: Any) -> list[str]:
-    """Sets secrets to None, at every depth, and returns their keys."""
-    found: list[str] = []
-    if isinstance(value, list | tuple):
-        for item in value:
-            found += _remove(key, item)
-    elif isinstance(value, dict | Namespace):
-        items = value.items() if isinstance(value, dict) else vars(value).items()
-        for name, item in list(items):
-            inner = f"{key}.{name}".lstrip(".")
-            if isinstance(item, str) and (SECRET.search(name) or IN_ADDRESS.search(item)):
-                value[name] = None if SECRET.search(name) else IN_ADDRESS.sub("***", item)
-                found.append(inner)
-            else:
-                found += _remove(inner, item)
-    return found

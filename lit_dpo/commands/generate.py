@@ -6,16 +6,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig
 
-from lit_dpo.data.pairs import PairDataset
-from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.evaluation.trained import TrainedQuantization, find_trained
 from lit_dpo.files.console import say
-from lit_dpo.module import DPOModule
-from lit_dpo.policy.adapters import REFERENCE_ADAPTER
 from lit_dpo.policy.generation import Comparison, Prompt, compare, markdown, side_by_side, user_prompt
 
 
@@ -30,7 +25,8 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     batch_size: int = 8,
-    quantization: BitsAndBytesConfig | Literal["nf4"] | None = "nf4",
+    base: str | None = None,
+    quantization: TrainedQuantization = "auto",
     seed: int = 42,
     trust_remote_code: bool = False,
 ) -> None:
@@ -38,7 +34,7 @@ def generate(
 
     Args:
         ckpt_path: Checkpoint of a run. Its model and its held-out data are used.
-        adapter: Folder of an exported adapter, instead of a checkpoint.
+        adapter: Folder or hub id of an exported adapter, instead of a checkpoint.
         prompt: A prompt, or a list of prompts.
         prompts: File of prompts: one per line, or .jsonl with a ``prompt`` in each line.
         held_out: Number of held-out prompts to answer, from the checkpoint's data or from ``source``.
@@ -47,7 +43,8 @@ def generate(
         max_new_tokens: Maximum number of tokens of an answer.
         temperature: Temperature of sampling; 0 for greedy decoding.
         batch_size: Number of prompts that are answered together.
-        quantization: Quantization of the base of ``adapter``. A checkpoint stores its own.
+        base: Base of ``adapter``, if it is not where its configuration says.
+        quantization: Quantization of the base of ``adapter`` in training; ``auto`` is as its run or its export tells.
         seed: Seed for sampling.
         trust_remote_code: Whether to run model code that comes with the base model's repository.
 
@@ -55,45 +52,30 @@ def generate(
         ValueError: If neither or both of checkpoint and adapter are given, or no prompt.
         FileNotFoundError: If a file or folder does not exist.
     """
-    if (ckpt_path is None) == (adapter is None):
-        raise ValueError("generate needs either --ckpt_path CHECKPOINT or --adapter FOLDER.")
     if not (prompt or prompts or held_out):
         raise ValueError("generate needs prompts: --prompt TEXT, --prompts FILE or --held_out NUMBER.")
-    for path in (ckpt_path, adapter, prompts):
-        if path is not None and not Path(path).exists():
-            raise FileNotFoundError(f"{path}: there is no such file or folder.")
+    if prompts is not None and not Path(prompts).exists():
+        raise FileNotFoundError(f"--prompts {prompts}: there is no such file.")
     if output is not None and Path(output).suffix not in (".md", ".jsonl", ".txt"):
         raise ValueError(f"--output {output}: the name must end in .md, .jsonl or .txt.")
 
     torch.manual_seed(seed)
-    data: dict[str, Any] = {}
-    if ckpt_path is not None:
-        module: DPOModule = DPOModule.load_from_checkpoint(
-            ckpt_path, map_location="cpu", weights_only=True, trust_remote_code=trust_remote_code
-        )
-        data = torch.load(ckpt_path, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
-    else:
-        assert adapter is not None
-        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-        module = DPOModule(base, quantization=quantization, adapter=adapter, trust_remote_code=trust_remote_code)
-        module.configure_model()
-        module.model.delete_adapter(REFERENCE_ADAPTER)  # to compare with the base without any adapter
-
+    trained = find_trained(
+        ckpt_path, adapter, base=base, quantization=quantization, trust_remote_code=trust_remote_code
+    )
+    module, tokenizer = trained.load(), trained.tokenizer
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts is not None:
         texts += _read_prompts(Path(prompts))
-    if data.get("chat_template"):
-        module.tokenizer.chat_template = data["chat_template"]
-    options = {"system": data.get("system"), "template_kwargs": data.get("chat_template_kwargs")}
-    questions = [user_prompt(text, module.tokenizer, **options) for text in texts]
+    options = {"system": trained.data.get("system"), "template_kwargs": trained.data.get("chat_template_kwargs")}
+    questions = [user_prompt(text, tokenizer, **options) for text in texts]
     if held_out:
-        pairs = _held_out_pairs(data, source, module)
+        pairs = trained.held_out(source)
         questions += [Prompt(*pairs.prompt(index)) for index in range(min(held_out, len(pairs)))]
 
     comparisons = compare(
         module.policy,
-        module.tokenizer,
+        tokenizer,
         questions,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -123,18 +105,3 @@ def _read_prompts(path: Path) -> list[str]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a JSON object with a 'prompt'.") from error
     return found
-
-
-def _held_out_pairs(data: dict[str, Any], source: str | None, module: DPOModule) -> PairDataset:
-    """The held-out pairs of ``source`` if it is given, else of the data that a checkpoint was trained on."""
-    tokenizer = module.tokenizer
-    if source is not None:
-        datamodule = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)
-    elif data.get("source") is not None:
-        arguments = {key: value for key, value in data.items() if not key.startswith("_")}
-        datamodule = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
-    else:
-        raise ValueError("--held_out needs data: give --source, or a checkpoint whose run set data.source.")
-    datamodule.setup("predict")
-    assert datamodule.val_pairs is not None
-    return datamodule.val_pairs

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 TRAINED_ADAPTER = "default"  # PEFT's default name
 REFERENCE_ADAPTER = "reference"  # a frozen copy of the adapter that training starts from
@@ -102,6 +103,13 @@ def add_adapters(model: Any, base: str, lora: LoraConfig, adapter: str | None, m
         if belongs_to(name, MOVING_ADAPTER):
             parameter.data.copy_(parameters[trained_counterpart(name)])
     return peft_model
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes ``adapter_model.safetensors``, ``adapter_config.json``, tokenizer and chat template into ``folder``."""
+    # Embeddings are never trained here. By default PEFT would ask the hub whether they were resized.
+    model.save_pretrained(str(folder), selected_adapters=[TRAINED_ADAPTER], save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))
 
 
 def disable_dropout(model: nn.Module) -> None:

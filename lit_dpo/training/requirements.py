@@ -79,6 +79,8 @@ def check_trainer(trainer: Trainer, quantized: bool) -> None:
             "strategy that shards weights could silently train each rank separately. Use one device, "
             "trainer.strategy=ddp or, if the base does not fit on one GPU, trainer.strategy=sharded."
         )
+    if getattr(trainer, "accumulate_grad_batches", 1) < 1:
+        raise ValueError("trainer.accumulate_grad_batches is at least 1.")
     if getattr(trainer, "check_val_every_n_epoch", None) == 0:
         raise ValueError(
             "trainer.check_val_every_n_epoch must be 1 or more. To leave evaluations out: limit_val_batches=0."

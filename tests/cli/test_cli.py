@@ -262,7 +262,7 @@ def test_bad_values_name_key_and_remedy(tiny: list[str]) -> None:
         main(["fit", *tiny, "--model.objective.beta", "-1"])
     with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true is not supported"):
         main(["fit", *tiny, "--trainer.precision", "bf16-true"])
-    with pytest.raises(ValueError, match="needs either --ckpt_path CHECKPOINT or --adapter FOLDER"):
+    with pytest.raises(ValueError, match="Give either --ckpt_path CHECKPOINT or --adapter FOLDER"):
         main(["generate", "--prompt", "x"])
 
 

@@ -1,0 +1,195 @@
+"""A checkpoint or an adapter ──► what was trained: its settings, its data and, when they are needed, its weights."""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, TypeAlias
+
+import torch
+import yaml
+from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from lit_dpo.data.pairs import PairDataset
+from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.module import DPOModule
+from lit_dpo.policy.adapters import REFERENCE_ADAPTER
+from lit_dpo.training.hyperparameters import TRUST, without_trust
+
+TrainedQuantization: TypeAlias = BitsAndBytesConfig | Literal["auto", "nf4"] | None
+FACTS = "export.json"  # what an export writes down of the training, beside the adapter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An aligned model, whose weights are loaded by ``load`` alone.
+
+    Attributes:
+        path: The checkpoint's file, or the adapter's folder.
+        module: The module, not loaded.
+        arguments: Arguments of the module in training, as plain values; for an adapter, what its run's folder tells.
+        data: Arguments of the data module in training, likewise.
+        weights: The checkpoint's weights by their names in the module; empty for an adapter.
+        run: The folder of the run that left it, if it lies there still.
+    """
+
+    path: Path
+    module: DPOModule
+    arguments: dict[str, Any]
+    data: dict[str, Any]
+    weights: dict[str, Tensor]
+    run: Path | None
+
+    def load(self) -> DPOModule:
+        """Loads base and adapters, on a GPU if there is one, in evaluation mode."""
+        self.module.configure_model()
+        if self.weights:
+            self.module.load_state_dict(self.weights)
+        else:
+            self.module.model.delete_adapter(REFERENCE_ADAPTER)  # "initial" is then the base without any adapter
+        return self.module.eval()
+
+    def held_out(self, source: str | None = None) -> PairDataset:
+        """The held-out pairs of ``source`` if it is given, else of the data that it was trained with.
+
+        Raises:
+            ValueError: If neither is known.
+        """
+        tokenizer = self.tokenizer
+        if source is not None:
+            data = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)
+        elif self.data.get("source") is not None:
+            arguments = {key: value for key, value in self.data.items() if not key.startswith("_")}
+            data = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
+        else:
+            raise ValueError("Held-out pairs need data: give --source, or a checkpoint whose run set data.source.")
+        data.setup("predict")
+        assert data.val_pairs is not None
+        return data.val_pairs
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, with the chat template of the training."""
+        tokenizer, beside = self.module.tokenizer, self.path / "chat_template.jinja"
+        if beside.exists():
+            tokenizer.chat_template = beside.read_text(encoding="utf-8")
+        elif self.data.get("chat_template"):
+            tokenizer.chat_template = self.data["chat_template"]
+        return tokenizer
+
+
+def find_trained(
+    ckpt_path: str | None,
+    adapter: str | None,
+    *,
+    base: str | None = None,
+    quantization: TrainedQuantization = "auto",
+    trust_remote_code: bool = False,
+) -> Trained:
+    """Finds an aligned model. Of its weights, only the adapter's are read.
+
+    Args:
+        ckpt_path: A checkpoint.
+        adapter: Folder or hub id of an exported adapter, instead of a checkpoint.
+        base: Base of the adapter, if it is not where the adapter's configuration says.
+        quantization: Quantization of the base of ``adapter`` in training. ``auto`` takes that of the run in whose
+            folder it lies, or that its export wrote down; else ``nf4``, and says so. A checkpoint stores its own.
+        trust_remote_code: Whether to run model code that comes with the base model's repository.
+
+    Raises:
+        ValueError: If neither or both of checkpoint and adapter are given, or if one is something else.
+        FileNotFoundError: If it does not exist.
+    """
+    if (ckpt_path is None) == (adapter is None):
+        raise ValueError("Give either --ckpt_path CHECKPOINT or --adapter FOLDER.")
+    if ckpt_path is not None:
+        if base is not None or quantization != "auto":
+            raise ValueError("--base and --quantization are for an adapter. A checkpoint stores its own.")
+        return _of_checkpoint(Path(ckpt_path), trust_remote_code)
+    assert adapter is not None
+    return _of_adapter(adapter_folder(adapter), base, quantization, trust_remote_code)
+
+
+def _of_checkpoint(path: Path, trust_remote_code: bool) -> Trained:
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"--ckpt_path {path} is the folder of an adapter. Give it as --adapter.")
+    if path.is_dir():
+        raise ValueError(f"--ckpt_path {path} is a folder. Give a file, such as {path}/checkpoints/last.ckpt.")
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        arguments, weights = without_trust(checkpoint["hyper_parameters"]), checkpoint["state_dict"]
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"--ckpt_path {path}: the file is no checkpoint of this project, or it is damaged.") from error
+    known = inspect.signature(DPOModule.__init__).parameters.keys() - {"optimizer"}  # derived classes store others
+    chosen = {name: value for name, value in arguments.items() if name in known}
+    module: DPOModule = instantiate_module(DPOModule, {**chosen, TRUST: trust_remote_code})
+    data = checkpoint.get("datamodule_hyper_parameters", {})
+    run = path.parent.parent if (path.parent.parent / "config.yaml").exists() else None
+    return Trained(path, module, arguments, data, weights, run)
+
+
+def _of_adapter(folder: Path, base: str | None, quantization: TrainedQuantization, trust_remote_code: bool) -> Trained:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name, revision = base or config["base_model_name_or_path"], None if base else config.get("revision")
+    if base is None and (folder / name / "config.json").exists():  # export writes a converted base beside its adapter
+        name = str(folder / name)
+    told = _told_of(folder)
+    arguments = told.get("model", {})
+    if quantization == "auto" and "quantization" in arguments:
+        plain = arguments["quantization"]
+        plain = plain.get("init_args", plain) if isinstance(plain, dict) else plain
+        quantization = BitsAndBytesConfig(**plain) if isinstance(plain, dict) else plain
+    elif quantization == "auto":
+        rank_zero_info(f"{folder} does not tell the quantization of its training: nf4 is taken. See --quantization.")
+        quantization = "nf4"
+    module = DPOModule(
+        name, quantization=quantization, adapter=str(folder), revision=revision, trust_remote_code=trust_remote_code
+    )
+    run = folder.parent if (folder.parent / "config.yaml").exists() else None
+    return Trained(folder, module, arguments, told.get("data", {}), {}, run)
+
+
+def _told_of(folder: Path) -> dict[str, Any]:
+    """The arguments of model and data with which an adapter was trained, as its export or its run wrote them down."""
+    for path in (folder / FACTS, folder.parent / "config.yaml"):
+        if path.exists():
+            told = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+            if isinstance(told, dict) and "class_path" not in told.get("model", {}):
+                return dict(without_trust(told))
+    return {}
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter, downloaded if it is a hub id.
+
+    Raises:
+        ValueError: If it is something else: a checkpoint, or a whole model.
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(adapter)
+    if folder.is_file():
+        raise ValueError(f"--adapter {adapter} is a file. Give a checkpoint as --ckpt_path.")
+    if not folder.exists() and adapter.count("/") == 1 and adapter[0] not in "./~":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(adapter, allow_patterns=["*.json", "adapter_model.*", "tokenizer*", "*.jinja"])
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(f"--adapter {adapter}: {' '.join(str(error).split()):.300}") from error
+    if not folder.exists():
+        raise FileNotFoundError(f"--adapter {adapter}: there is no such folder.")
+    if not (folder / "adapter_config.json").exists():
+        kind = "a whole model" if (folder / "config.json").exists() else "no adapter: it has no adapter_config.json"
+        raise ValueError(f"--adapter {adapter} is {kind}. Give the folder that a run or an export has written.")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"--adapter {adapter} has no adapter_model.safetensors. Save it with a recent peft.")
+    return folder
