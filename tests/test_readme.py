@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lit_dpo import DPOModule
+from lit_dpo.commands import LIKE_FIT, OWN
 from tests.cli.test_configs import Unrun
 from tests.conftest import REPOSITORY
 
@@ -99,7 +100,11 @@ def test_each_command_has_arguments_that_exist(line: str, monkeypatch: pytest.Mo
     arguments = shlex.split(line)[3:]
     if "--help" in arguments:
         return
-    cpu = [] if arguments[0] == "generate" else ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    cpu = (
+        []
+        if arguments[0] in OWN and arguments[0] not in LIKE_FIT
+        else ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    )
     Unrun(args=[*arguments, *cpu])
 
 
