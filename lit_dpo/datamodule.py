@@ -53,6 +53,7 @@ class PreferenceDataModule(LightningDataModule):
         pretemplated: Whether prompts and responses are rendered texts already, to be taken as they are.
         keep_thinking: Whether to put back the thinking that a template removes from an answer.
         date: The date that a template writes, as ``2026-01-31``; by default today.
+        group_by: Column whose values group the held-out pairs in the report of ``test``, such as ``subset``.
         on_bad_row: What to do with a row that cannot be read or that the template rejects: ``stop``, or ``drop`` it and
             count it.
         filters: What to leave out besides: ties, duplicates, contradictions, prompts that are also held out, and more.
@@ -95,6 +96,7 @@ class PreferenceDataModule(LightningDataModule):
         pretemplated: bool = False,
         keep_thinking: bool = False,
         date: str | None = None,
+        group_by: str | None = None,
         on_bad_row: OnBadRow = "stop",
         filters: Filters = Filters(),  # noqa: B008  it is frozen
         max_length: int | None = 1024,
@@ -120,18 +122,16 @@ class PreferenceDataModule(LightningDataModule):
             None if val_source is None else sources_of(val_source, "val_source"),
             *(val_split, val_size, seed),
             Truncation(max_length, max_prompt_length, max_response_length, overlong),
-            Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn, pretemplated),
+            Reader(columns or {}, tuple(ignore or ()), system, max_responses, multi_turn, pretemplated, group_by),
             Filters(**filters) if isinstance(filters, dict) else filters,  # a checkpoint holds a dict
             *(on_bad_row, num_proc, (shuffle_buffer if shuffle else 1) if streaming else None),
             {"kwargs": chat_template_kwargs or {}, "pretemplated": pretemplated}
             | {"keep_thinking": keep_thinking, "date": date},
         )
-        chat_template = None if chat_template is None else template_text(chat_template)
-        self.chat_template = chat_template
+        self.chat_template = chat_template = None if chat_template is None else template_text(chat_template)
         self.max_responses, self.streaming = max_responses, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.shuffle, self.seed = num_workers, shuffle, seed
-        self.tokenizer = tokenizer
+        self.num_workers, self.shuffle, self.seed, self.tokenizer = num_workers, shuffle, seed, tokenizer
         self.train_pairs: PairDataset | PairStream | None = None
         self.val_pairs: PairDataset | None = None
         self.position: Position | None = None

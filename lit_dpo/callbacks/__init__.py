@@ -3,6 +3,7 @@
 from lit_dpo.callbacks.adapter import AdapterExport
 from lit_dpo.callbacks.average import AdapterAverage
 from lit_dpo.callbacks.guard import CollapseGuard
+from lit_dpo.callbacks.intervals import HeldOutIntervals
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.model_summary import ParameterSummary
 from lit_dpo.callbacks.predictions import PredictionWriter
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterExport",
     "CollapseGuard",
     "ComparisonSamples",
+    "HeldOutIntervals",
     "LastCheckpoint",
     "ParameterSummary",
     "PredictionWriter",

@@ -7,6 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_dpo.evaluation.held_out import held_out_metrics
+from lit_dpo.evaluation.statistics import Resampling
+from lit_dpo.evaluation.table import PairTable, TableCollector
 from lit_dpo.files.atomic import atomic_write
 from lit_dpo.files.console import say
 from lit_dpo.training.environment import hardware, releases
@@ -36,11 +39,15 @@ class RunSummary(Callback):
         self.after: dict[str, float] = {}
         self._seconds = 0.0  # of the runs before, if this one goes on from a checkpoint
         self._start: float | None = None
+        self._collector = TableCollector()
+        self._table: PairTable | None = None  # of the last evaluation
+        self.intervals: dict[str, list[float]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run's."""
         if stage == "fit":
             self.before, self.after, self._seconds, self._start = {}, {}, 0.0, None
+            self._table = None
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics before training, and the time so far."""
@@ -53,6 +60,27 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._start = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts an empty table of pairs."""
+        self._collector.start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds a batch to the table."""
+        self._collector.add(pl_module.eval_metrics, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the table, for the intervals at the end."""
+        pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
+        self._table = self._collector.finish(trainer, pairs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the held-out metrics."""
@@ -75,10 +103,13 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         if self.after:
-            say(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}")
+            self.intervals = {} if self._table is None else _intervals(self._table)
+            say(f"\n{'held-out pairs':<26}{'before':>12}{'after':>12}{'95 % interval' if self.intervals else '':>24}")
             for name in ROWS:
                 before = f"{self.before[name]:.4f}" if name in self.before else "-"
-                say(f"{name.removeprefix('val/'):<26}{before:>12}{self.after.get(name, float('nan')):>12.4f}")
+                bounds = "[{:.4f}, {:.4f}]".format(*self.intervals[name]) if name in self.intervals else ""
+                after = self.after.get(name, float("nan"))
+                say(f"{name.removeprefix('val/'):<26}{before:>12}{after:>12.4f}{bounds:>24}".rstrip())
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with atomic_write(folder / FILENAME) as path:
                 path.write_text(json.dumps(self._facts(trainer), indent=2) + "\n", encoding="utf-8")
@@ -101,6 +132,7 @@ class RunSummary(Callback):
             "data": getattr(data, "report", []),
             "before": self.before,
             "after": self.after,
+            "intervals": self.intervals,
             "hardware": hardware(trainer),
             "seconds": round(self._time(), 1),
             "peak_memory_gb": round(peak_memory(trainer) / 1e9, 2),
@@ -109,3 +141,9 @@ class RunSummary(Callback):
 
     def _time(self) -> float:
         return self._seconds + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+
+def _intervals(table: PairTable) -> dict[str, list[float]]:
+    """Intervals of the metrics, by name; none where there are too few prompts."""
+    metrics = held_out_metrics(table, Resampling(), by_group=False).total.metrics
+    return {f"val/{name}": [one.low, one.high] for name, one in metrics.items() if one.low == one.low}

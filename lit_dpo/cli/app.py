@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_dpo.callbacks import AdapterExport, ComparisonSamples, ParameterSummary
+from lit_dpo.callbacks import AdapterExport, ComparisonSamples, HeldOutIntervals, ParameterSummary
 from lit_dpo.cli.config_file import SaveFitConfig, check_folder
 from lit_dpo.cli.defaults import BAREBONES, CALLBACKS, DEFAULTS, default_loggers, quiet_libraries
 from lit_dpo.cli.errors import line_for, one_line, with_suggestion
@@ -32,6 +33,8 @@ from lit_dpo.cli.overrides import (
 )
 from lit_dpo.commands import DESCRIPTIONS, LIKE_FIT, OWN, function_of
 from lit_dpo.datamodule import PreferenceDataModule
+from lit_dpo.evaluation.against import run_against
+from lit_dpo.evaluation.trained import Trained, find_checkpoint
 from lit_dpo.files.console import make_streams_safe
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.precision import precision_for
@@ -91,6 +94,8 @@ class DPOCLI(LightningCLI):
         options["parser_kwargs"] = {"default_env": given, "env_prefix": "PL", **options["parser_kwargs"]}
         super().__init__(model_class, datamodule_class, args=args, **options)
 
+    _against: Trained | None = None  # the checkpoint that ``test`` compares with
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's name and the callbacks, each configurable under its own key."""
         parser.add_argument(
@@ -125,6 +130,14 @@ class DPOCLI(LightningCLI):
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
                 read_integers_first(command)
                 command.set_defaults({"weights_only": True})  # loading a checkpoint must not run code
+            if name == "test" and name in self._args:
+                command.set_defaults({"verbose": False})  # HeldOutIntervals prints more than Lightning's table
+                command.add_argument(
+                    "--against",
+                    type=str | None,
+                    default=None,
+                    help="Another checkpoint, to be compared on the same pairs.",
+                )
             self._subcommand_parsers[name] = command
             commands.add_subcommand(name, command, help=description)
 
@@ -199,6 +212,24 @@ class DPOCLI(LightningCLI):
     def before_fit(self) -> None:
         """Checks that the run's folder is its own, before Lightning's loggers replace files in it."""
         check_folder(self.trainer, self.config.fit.ckpt_path)
+
+    def before_test(self) -> None:
+        """Finds the checkpoint to compare with, before anything is computed, and names both for the report."""
+        config = self.config.test
+        self._against = None if config.against is None else find_checkpoint(Path(config.against), option="--against")
+        for callback in self._intervals():
+            callback.model_name = str(config.ckpt_path or self.model.base)
+
+    def after_test(self) -> None:
+        """Tests the checkpoint to compare with."""
+        if self._against is not None:
+            for callback in self._intervals():
+                callback.model_name = str(self._against.path)
+            run_against(self.trainer, self.model, self._against)
+
+    def _intervals(self) -> list[HeldOutIntervals]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, HeldOutIntervals)]
 
     def _taken(self) -> set[str]:
         """The arguments that the command's function takes, of those in ``GIVEN``. Commands of the Trainer take all."""

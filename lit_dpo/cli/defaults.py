@@ -15,6 +15,7 @@ from lit_dpo.callbacks import (
     AdapterExport,
     CollapseGuard,
     ComparisonSamples,
+    HeldOutIntervals,
     LastCheckpoint,
     PredictionWriter,
     RunSummary,
@@ -31,6 +32,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "samples": ComparisonSamples,
     "summary": RunSummary,
     "predictions": PredictionWriter,
+    "intervals": HeldOutIntervals,
 }
 DEFAULTS: dict[str, Any] = {
     "model.objective": {"class_path": "lit_dpo.objectives.Sigmoid"},

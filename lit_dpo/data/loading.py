@@ -103,6 +103,7 @@ class PairLoading:
         if self.val_size is not None:
             assert train is not None
             train, val = train.split_off(self.val_size, self.seed)
+            self._check_groups(val, rows)
             train, leaks = leave_out_leaks(train, val, self.filters, progress_bar)  # prompts that are nearly the same
             return Loaded(train, val.mixed(), [*report, *map(str, leaks)], findings + leaks, rows)
         held_out, absent = [], []
@@ -125,6 +126,7 @@ class PairLoading:
             report += [] if stream is None else stream.first_rows()
             return Loaded(train, None, report, findings, rows, stream=stream)
         val, more, of_held_out = self._joined(held_out, rows, progress_bar)
+        self._check_groups(val, rows)
         report += absent + more
         if trains and self.buffer_size is not None:
             stream = self._stream(template, val)
@@ -149,6 +151,19 @@ class PairLoading:
         pairs, report = prepare_pairs(rows, place, template, self.truncation, reader, self.filters, **options)
         pairs.parts = (Part(place, source.name, source.weight),)
         return pairs, report, rows
+
+    def _check_groups(self, val: PairDataset, rows: list[Any]) -> None:
+        """Checks that the column to group by is there.
+
+        Raises:
+            ValueError: If no held-out pair has a value in it.
+        """
+        column = self.reader.group_by
+        if column is not None and not val.groups():
+            raise ValueError(
+                f"data.group_by={column}: no held-out pair has a value in a column of this name. The columns are "
+                f"{', '.join(sorted({name for source in rows for name in source.column_names}))}."
+            )
 
     def _stream(self, template: ChatTemplate, held_out: PairDataset | None) -> PairStream:
         """The training pairs, without those whose prompt is held out."""

@@ -133,6 +133,21 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         number = int(self.indices[index])
         return f"{self.parts[bisect_right(self._starts, number) - 1].source}, row {self.columns[number]['row']}"
 
+    def origins(self) -> list[tuple[str, int]]:
+        """Source and row number of each pair, P entries."""
+        rows = self._taken("row").to_pylist()
+        return [(self.parts[number].source, row) for number, row in zip(self.part_numbers(), rows, strict=True)]
+
+    def groups(self) -> list[str]:
+        """Value of the column to group by of each pair, P entries; none if no pair has one."""
+        found: list[str] = self._taken("group").to_pylist()
+        return found if any(found) else []
+
+    def score_differences(self) -> np.ndarray:
+        """Score of the best response in the data minus that of the worst, (P,); NaN for a pair without scores."""
+        scores = self._taken("scores").to_pylist()
+        return np.array([one[0] - one[-1] if one else np.nan for one in scores])
+
     def keys(self, indices: Sequence[int]) -> list[bytes]:
         """``TokenizedPair.key`` of the pairs at ``indices``. Their tokens are not read."""
         return self._column("key", indices)

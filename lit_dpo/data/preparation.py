@@ -27,7 +27,7 @@ ROWS_OF_A_PROCESS = 2000  # for which it pays to start one
 MOST_REASONS = 20  # that are told in a line each; the messages of a template may differ from row to row
 OnBadRow: TypeAlias = Literal["stop", "drop"]
 LEFT_OUT = TokenizedPair([], [], [])
-FORMAT_VERSION = 5  # increment when the meaning of the cached columns changes
+FORMAT_VERSION = 6  # increment when the meaning of the cached columns changes
 
 
 def cache_features() -> "Features":
@@ -44,6 +44,7 @@ def cache_features() -> "Features":
             "runs": ListOf(ListOf(Value("int32"))),  # TokenizedPair.runs
             "scores": ListOf(Value("float64")),  # the data's scores, from best to worst response; empty if none
             "question": Value("string"),  # text of the last user turn
+            "group": Value("string"),  # value of the column that an evaluation groups by; empty if there is none
             "row": Value("int64"),
             "num_tokens": Value("int32"),
             "full_lengths": ListOf(Value("int32")),  # tokens of prompt and responses before truncation; empty if unread
@@ -220,6 +221,7 @@ class Preparation:
             "runs": [list(run) for run in pair.runs],
             "scores": list(pair.scores) if not reason else list(reading.scores),
             "question": question,
+            "group": reading.group,
             "row": index,
             "num_tokens": pair.num_tokens,
             "full_lengths": full_lengths,

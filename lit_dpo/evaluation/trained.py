@@ -109,23 +109,34 @@ def find_trained(
     if ckpt_path is not None:
         if base is not None or quantization != "auto":
             raise ValueError("--base and --quantization are for an adapter. A checkpoint stores its own.")
-        return _of_checkpoint(Path(ckpt_path), trust_remote_code)
+        return find_checkpoint(Path(ckpt_path), trust_remote_code=trust_remote_code)
     assert adapter is not None
     return _of_adapter(adapter_folder(adapter), base, quantization, trust_remote_code)
 
 
-def _of_checkpoint(path: Path, trust_remote_code: bool) -> Trained:
+def find_checkpoint(path: Path, *, trust_remote_code: bool = False, option: str = "--ckpt_path") -> Trained:
+    """Finds the model of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        trust_remote_code: Whether to run model code that comes with the base model's repository.
+        option: Name of the option that gave the path, for messages.
+
+    Raises:
+        ValueError: If it is something else, or damaged.
+        FileNotFoundError: If it does not exist.
+    """
     if (path / "adapter_config.json").exists():
-        raise ValueError(f"--ckpt_path {path} is the folder of an adapter. Give it as --adapter.")
+        raise ValueError(f"{option} {path} is the folder of an adapter. Give it as --adapter.")
     if path.is_dir():
-        raise ValueError(f"--ckpt_path {path} is a folder. Give a file, such as {path}/checkpoints/last.ckpt.")
+        raise ValueError(f"{option} {path} is a folder. Give a file, such as {path}/checkpoints/last.ckpt.")
     if not path.exists():
-        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
+        raise FileNotFoundError(f"{option} {path}: there is no such file.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         arguments, weights = without_trust(checkpoint["hyper_parameters"]), checkpoint["state_dict"]
     except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(f"--ckpt_path {path}: the file is no checkpoint of this project, or it is damaged.") from error
+        raise ValueError(f"{option} {path}: the file is no checkpoint of this project, or it is damaged.") from error
     known = inspect.signature(DPOModule.__init__).parameters.keys() - {"optimizer"}  # derived classes store others
     chosen = {name: value for name, value in arguments.items() if name in known}
     module: DPOModule = instantiate_module(DPOModule, {**chosen, TRUST: trust_remote_code})

@@ -60,6 +60,7 @@ class Reading(NamedTuple):
     result: PreferencePair | str  # the pair, or the reason to leave the row out
     unread: tuple[str, ...]  # columns with a value that were not read
     scores: tuple[float, ...] = ()  # from best to worst response, also of a row that is left out
+    group: str = ""  # value of the column to group by
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Reader:
         multi_turn: What to do with responses of several messages: ``drop`` leaves the row out, ``answers`` trains on
             the assistant's messages in them.
         pretemplated: Whether ``prompt``, ``chosen`` and ``rejected`` are rendered texts, to be taken as they are.
+        group_by: Name of a column whose values group the pairs in an evaluation.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Reader:
     max_responses: int = 2
     multi_turn: MultiTurn = "drop"
     pretemplated: bool = False
+    group_by: str | None = None
 
     def __call__(self, columns: Mapping[str, Any]) -> Reading:
         """Reads one row.
@@ -107,12 +110,13 @@ class Reader:
             raise RowError("a text holds half of a surrogate pair, which is no character")
         scores = result.scores if isinstance(result, PreferencePair) else chosen_rejected.scores_of(row)
         unread = {name: value for name, value in row.unread().items() if value not in ("", [], {})}
+        group = "" if self.group_by is None else unread.pop(self.group_by, columns.get(self.group_by))
         if isinstance(result, PreferencePair) and (unsafe := sorted(_unsafe(unread, result))):
             raise RowError(
                 f"{' and '.join(map(repr, unsafe))} could change what is trained, but {family.name} does not read it. "
                 f"To leave it out on purpose, set data.ignore={unsafe}"
             )
-        return Reading(family.name, result, (*unread, *sorted(row.nested)), scores)
+        return Reading(family.name, result, (*unread, *sorted(row.nested)), scores, "" if group is None else str(group))
 
     def _row(self, columns: Mapping[str, Any]) -> Row:
         """The row under the names that formats know, without the columns to ignore."""
