@@ -11,9 +11,9 @@ from lit_dpo.files.packages import locate
 class BaseModelError(OSError):
     """The base model can be found neither on this machine nor on the hub."""
 
-    def __init__(self, base: str, error: Exception) -> None:
-        cause = " ".join(str(error).split())
-        super().__init__(f"model.base={base} cannot be loaded: {cause:.300}")
+    def __init__(self, base: str, error: Exception, option: str = "model.base=") -> None:
+        cause = " ".join(str(error).split()).removeprefix(f"model.base={base}: ")
+        super().__init__(f"{option}{base} cannot be loaded: {cause:.300}")
 
 
 def resolve_base(base: str, gguf_file: str | None = None, revision: str | None = None) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from lit_dpo.evaluation.prompts import collect_prompts
 from lit_dpo.evaluation.trained import TrainedQuantization, find_trained
 from lit_dpo.files.console import say
-from lit_dpo.policy.generation import Comparison, Prompt, compare, markdown, side_by_side, user_prompt
+from lit_dpo.policy.generation import Comparison, compare, markdown, side_by_side
 
 
 def generate(
@@ -52,10 +53,6 @@ def generate(
         ValueError: If neither or both of checkpoint and adapter are given, or no prompt.
         FileNotFoundError: If a file or folder does not exist.
     """
-    if not (prompt or prompts or held_out):
-        raise ValueError("generate needs prompts: --prompt TEXT, --prompts FILE or --held_out NUMBER.")
-    if prompts is not None and not Path(prompts).exists():
-        raise FileNotFoundError(f"--prompts {prompts}: there is no such file.")
     if output is not None and Path(output).suffix not in (".md", ".jsonl", ".txt"):
         raise ValueError(f"--output {output}: the name must end in .md, .jsonl or .txt.")
 
@@ -63,16 +60,8 @@ def generate(
     trained = find_trained(
         ckpt_path, adapter, base=base, quantization=quantization, trust_remote_code=trust_remote_code
     )
+    questions = collect_prompts(trained, prompt, prompts, held_out, source)
     module, tokenizer = trained.load(), trained.tokenizer
-    texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if prompts is not None:
-        texts += _read_prompts(Path(prompts))
-    options = {"system": trained.data.get("system"), "template_kwargs": trained.data.get("chat_template_kwargs")}
-    questions = [user_prompt(text, tokenizer, **options) for text in texts]
-    if held_out:
-        pairs = trained.held_out(source)
-        questions += [Prompt(*pairs.prompt(index)) for index in range(min(held_out, len(pairs)))]
-
     comparisons = compare(
         module.policy,
         tokenizer,
@@ -91,17 +80,3 @@ def generate(
     }
     Path(output).write_text(formats[Path(output).suffix](comparisons), encoding="utf-8")
     sys.stderr.write(f"Wrote {len(comparisons)} comparisons to {output}.\n")
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one per line, or .jsonl with a ``prompt`` in each line."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix != ".jsonl":
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object with a 'prompt'.") from error
-    return found

@@ -14,7 +14,6 @@ from lit_dpo.evaluation.statistics import (
     mean_of_ratios,
     ratio,
     sums_by_prompt,
-    wilson,
 )
 from lit_dpo.evaluation.table import PairTable
 
@@ -113,9 +112,7 @@ def _group(kind: str, name: str, table: PairTable, mask: np.ndarray, resampling:
     chosen = statistics if not kind else {key: statistics[key] for key in OF_GROUPS}
     sums = sums_by_prompt(columns[mask], table.prompts[mask])
     metrics = resampling.estimate(sums, chosen)
-    for key in SHARES:  # all pairs alike have no spread to draw from
-        if key in metrics and metrics[key].low == metrics[key].high and metrics[key].value in (0.0, 1.0):
-            metrics[key] = Estimate(metrics[key].value, *wilson(metrics[key].value, len(sums), resampling.level))
+    metrics |= {key: metrics[key].of_share(len(sums), resampling.level) for key in SHARES if key in metrics}
     return Group(kind, name, int(mask.sum()), len(sums), metrics)
 
 

@@ -23,8 +23,14 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+    def of_share(self, number: int, level: float) -> "Estimate":
+        """The same with Wilson's interval if all observations are alike, so that a bootstrap would claim no error.
+
+        Args:
+            number: Number of independent observations.
+            level: Confidence level.
+        """
+        return Estimate(self.value, *wilson(self.value, number, level)) if self.low == self.high else self
 
 
 class Comparison(NamedTuple):

@@ -1,5 +1,7 @@
 """A checkpoint or an adapter ──► what was trained: its settings, its data and, when they are needed, its weights."""
 
+import gc
+import hashlib
 import inspect
 import json
 from dataclasses import dataclass
@@ -52,6 +54,28 @@ class Trained:
         else:
             self.module.model.delete_adapter(REFERENCE_ADAPTER)  # "initial" is then the base without any adapter
         return self.module.eval()
+
+    def load_once(self) -> DPOModule:
+        """The same, but loads nothing if it is loaded already."""
+        return self.module if "policy" in self.module._modules else self.load()
+
+    def unload(self) -> None:
+        """Frees the weights. They may be loaded again."""
+        if "policy" in self.module._modules:
+            del self.module.policy
+        gc.collect()  # the layers and their replaced forwards form reference cycles
+        torch.cuda.empty_cache()
+
+    @property
+    def digest(self) -> str:
+        """A digest of the trained weights, of 16 hexadecimal digits."""
+        found = hashlib.blake2b(digest_size=8)
+        if not self.weights:
+            found.update((self.path / "adapter_model.safetensors").read_bytes())
+        for name, weight in sorted(self.weights.items()):
+            found.update(name.encode())
+            found.update(weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def held_out(self, source: str | None = None) -> PairDataset:
         """The held-out pairs of ``source`` if it is given, else of the data that it was trained with.

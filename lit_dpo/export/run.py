@@ -197,8 +197,7 @@ def _check(trained: Trained, export: Export, spec: dict[str, Any], source: str |
         path = Path(place) / "distributions.safetensors"
         module = trained.load()
         write_distributions(module.policy, pairs, export.num_pairs, path)
-        del module.policy  # the fresh process needs the memory
-        torch.cuda.empty_cache()
+        trained.unload()  # the fresh process needs the memory
         agreement = verify(Spec(**spec, dtype=str(dtype).removeprefix("torch."), device=str(device)), path)
     if not agreement.kl <= export.max_kl:
         remedy = "--merge dequantized, or " if export.merged_into == "original" else ""

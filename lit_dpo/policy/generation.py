@@ -19,6 +19,19 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
+class Answer(NamedTuple):
+    """An answer to a prompt."""
+
+    text: str
+    ids: list[int]  # its tokens, with the one that ends it
+    finished: bool  # whether the model ended it; if not, ``max_new_tokens`` cut it
+
+    @property
+    def shown(self) -> str:
+        """The text, with an ellipsis if it is cut."""
+        return self.text if self.finished else f"{self.text} …"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two answers to one prompt: before and after alignment."""
@@ -75,27 +88,52 @@ def compare(
         temperature: Temperature of sampling; 0 for greedy decoding.
         batch_size: Number of prompts in a batch.
     """
-    was_training = policy.training
-    policy.eval()
     comparisons = []
-    try:
-        for start in range(0, len(prompts), batch_size):
-            chunk = prompts[start : start + batch_size]
-            ids = [prompt.ids for prompt in chunk]
-            with policy.initial():
-                base = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
-            aligned = _answers(policy, tokenizer, ids, max_new_tokens, temperature)
-            texts = (prompt.text for prompt in chunk)
-            comparisons += [Comparison(*row) for row in zip(texts, base, aligned, strict=True)]
-    finally:
-        policy.train(was_training)
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        ids = [prompt.ids for prompt in chunk]
+        with policy.initial():
+            base = answers(policy, tokenizer, ids, max_new_tokens, temperature)
+        aligned = answers(policy, tokenizer, ids, max_new_tokens, temperature)
+        comparisons += [
+            Comparison(prompt.text, *(one.shown for one in both))
+            for prompt, *both in zip(chunk, base, aligned, strict=True)
+        ]
     return comparisons
 
 
 @torch.no_grad()
+def answers(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[Answer]:
+    """Answers a batch of prompts with the adapter that is active.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        ids: Token ids of the prompts.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Temperature of sampling; 0 for greedy decoding.
+    """
+    was_training = policy.training
+    policy.eval()
+    try:
+        return _answers(policy, tokenizer, ids, max_new_tokens, temperature)
+    finally:
+        policy.train(was_training)
+
+
 def _answers(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], max_new_tokens: int, temperature: float
-) -> list[str]:
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[Answer]:
     width = max(len(prompt) for prompt in ids)
     device = policy.model.device
     pad = tokenizer.pad_token_id
@@ -116,11 +154,13 @@ def _answers(
             generation_config=config,
             synced_gpus=policy.sharded,  # all processes take part until the last of them has its answers
         )
-    answers = []
+    found = []
     for tokens in outputs[:, width:].tolist():
-        finished = any(token in ends for token in tokens)
-        answers.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() + ("" if finished else " …"))
-    return answers
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        written = tokens if end is None else tokens[: end + 1]  # what follows pads the batch
+        text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+        found.append(Answer(text, written, end is not None))
+    return found
 
 
 def side_by_side(comparisons: Sequence[Comparison], width: int = 100) -> str:
