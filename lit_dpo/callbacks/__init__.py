@@ -1,6 +1,7 @@
 """Ordinary Lightning callbacks, which users can add or remove."""
 
 from lit_dpo.callbacks.adapter import AdapterExport
+from lit_dpo.callbacks.answers import HeldOutAnswers
 from lit_dpo.callbacks.average import AdapterAverage
 from lit_dpo.callbacks.guard import CollapseGuard
 from lit_dpo.callbacks.intervals import HeldOutIntervals
@@ -16,6 +17,7 @@ __all__ = [
     "AdapterExport",
     "CollapseGuard",
     "ComparisonSamples",
+    "HeldOutAnswers",
     "HeldOutIntervals",
     "LastCheckpoint",
     "ParameterSummary",

@@ -15,6 +15,7 @@ from lit_dpo.callbacks import (
     AdapterExport,
     CollapseGuard,
     ComparisonSamples,
+    HeldOutAnswers,
     HeldOutIntervals,
     LastCheckpoint,
     PredictionWriter,
@@ -33,6 +34,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "summary": RunSummary,
     "predictions": PredictionWriter,
     "intervals": HeldOutIntervals,
+    "answers": HeldOutAnswers,
 }
 DEFAULTS: dict[str, Any] = {
     "model.objective": {"class_path": "lit_dpo.objectives.Sigmoid"},

@@ -16,10 +16,11 @@ DESCRIPTIONS = {
     "audit": "Read the data as fit would, and judge it before it is trained on.",
     "prepare": "Tokenize the pairs and compute the reference log-probs ahead of fit.",
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
+    "chat": "Talk to the base, the aligned model, or both, in the terminal.",
     "judge": "Let a judge compare the answers of two models: win rate, with and without length.",
     "export": "Write the adapter, a merged model or a GGUF file, with a model card, checked.",
 }
-OWN = ("audit", "prepare", "generate", "judge", "export")  # the others are methods of the Trainer
+OWN = ("audit", "prepare", "generate", "chat", "judge", "export")  # the others are methods of the Trainer
 LIKE_FIT = ("audit", "prepare")  # ours that take the options of fit, and get what they build
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from lit_dpo.base.tokenizer import require_chat_template
 from lit_dpo.policy.policy import Policy
@@ -109,6 +109,7 @@ def answers(
     ids: Sequence[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
+    streamer: TextStreamer | None = None,
 ) -> list[Answer]:
     """Answers a batch of prompts with the adapter that is active.
 
@@ -118,11 +119,12 @@ def answers(
         ids: Token ids of the prompts.
         max_new_tokens: Maximum number of tokens of an answer.
         temperature: Temperature of sampling; 0 for greedy decoding.
+        streamer: Takes the tokens of a single prompt as they are written.
     """
     was_training = policy.training
     policy.eval()
     try:
-        return _answers(policy, tokenizer, ids, max_new_tokens, temperature)
+        return _answers(policy, tokenizer, ids, max_new_tokens, temperature, streamer)
     finally:
         policy.train(was_training)
 
@@ -133,6 +135,7 @@ def _answers(
     ids: Sequence[list[int]],
     max_new_tokens: int,
     temperature: float,
+    streamer: TextStreamer | None,
 ) -> list[Answer]:
     width = max(len(prompt) for prompt in ids)
     device = policy.model.device
@@ -152,6 +155,7 @@ def _answers(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
+            streamer=streamer,
             synced_gpus=policy.sharded,  # all processes take part until the last of them has its answers
         )
     found = []
