@@ -18,9 +18,10 @@ DESCRIPTIONS = {
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
     "chat": "Talk to the base, the aligned model, or both, in the terminal.",
     "judge": "Let a judge compare the answers of two models: win rate, with and without length.",
+    "evaluate": "Ask base and aligned model the tasks of lm-evaluation-harness.",
     "export": "Write the adapter, a merged model or a GGUF file, with a model card, checked.",
 }
-OWN = ("audit", "prepare", "generate", "chat", "judge", "export")  # the others are methods of the Trainer
+OWN = ("audit", "prepare", "generate", "chat", "judge", "evaluate", "export")  # the others are methods of the Trainer
 LIKE_FIT = ("audit", "prepare")  # ours that take the options of fit, and get what they build
 
 
