@@ -164,7 +164,7 @@ TRIED = {
     ],
     "formats": [
         "from lit_dpo.data.formats import Reader",
-        "format, pair, unread, _ = Reader()({'prompt': 'p', 'answer_0': 'a', 'answer_1': 'b', 'better': 1})",
+        "format, pair, unread, *_ = Reader()({'prompt': 'p', 'answer_0': 'a', 'answer_1': 'b', 'better': 1})",
         "assert (format, unread) == ('labelled', ())",
         "assert (pair.chosen[0]['content'], pair.rejected[0]['content']) == ('b', 'a')",
     ],

@@ -45,8 +45,13 @@ class HeldOutAnswers(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the prompts, and names loggers that take no texts."""
         pairs: Any = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
-        number = 0 if pairs is None else min(self.num_prompts, len(pairs))
-        self._prompts, self._base = [Prompt(*pairs.prompt(index)) for index in range(number)], []
+        self._prompts, self._base = [], []
+        number = self.num_prompts if hasattr(pairs, "prompt") and not trainer.fast_dev_run else 0  # type: ignore[attr-defined]
+        if number:
+            found = (Prompt(*pairs.prompt(index)) for index in range(len(pairs)))
+            self._prompts = list({tuple(one.ids): one for one in found}.values())[:number]
+        elif self.num_prompts:
+            rank_zero_info("HeldOutAnswers answers nothing: there are no held-out pairs, or this is a dry run.")
         known = (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger)
         for logger in trainer.loggers if number else ():
             if not isinstance(logger, known):

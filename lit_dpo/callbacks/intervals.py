@@ -1,6 +1,5 @@
 """HeldOutIntervals: prints every metric of ``test`` with its interval, by group, and writes ``test.json``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lit_dpo.evaluation.held_out import HeldOut, compared, held_out_metrics
 from lit_dpo.evaluation.statistics import Comparison, Resampling
 from lit_dpo.evaluation.table import PairTable, TableCollector
 from lit_dpo.evaluation.text import comparison_text, held_out_text
-from lit_dpo.files.atomic import atomic_write
+from lit_dpo.files.atomic import write_json
 from lit_dpo.files.console import say
 from lit_dpo.training.run_dir import run_dir
 
@@ -33,12 +32,14 @@ class HeldOutIntervals(Callback):
         self.num_resamples, self.level, self.seed = num_resamples, level, seed
         self._resampling = Resampling(num_resamples, level, seed)
         self._collector = TableCollector()
-        self.tables: dict[str, PairTable] = {}  # of the models that were tested, by name
+        self.tables: list[tuple[str, PairTable]] = []  # names and tables of the models that were tested
         self.model_name = ""  # of the model in test
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts an empty table."""
+        """Starts an empty table. A third model begins a new comparison."""
         self._collector.start()
+        if len(self.tables) == 2:
+            self.tables = []
 
     def on_test_batch_end(
         self,
@@ -50,7 +51,7 @@ class HeldOutIntervals(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds a batch."""
-        self._collector.add(pl_module.eval_metrics, batch)
+        self._collector.add(pl_module, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the report, prints it and writes it."""
@@ -59,24 +60,25 @@ class HeldOutIntervals(Callback):
         table = self._collector.finish(trainer, pairs)
         if table is None:
             return
-        self.tables[self.model_name] = table
+        self.tables.append((self.model_name, table))
         if len(self.tables) == 1:
             found = held_out_metrics(table, self._resampling)
             say(held_out_text(found))
-            self._folder, self._found = folder, found  # a second model is tested without loggers, so without a folder
+            self._found = found
+            self._folder = None if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
             self._write(found.to_dict())
             return
-        first, second = self.tables.items()
+        first, second = self.tables
         comparison = compared(first[1], second[1], self._resampling)
         say(comparison_text(first[0], second[0], comparison, self.level))
         self._write({**self._found.to_dict(), "against": _plain(second[0], comparison)})
 
     def _write(self, content: dict[str, Any]) -> None:
-        with atomic_write(self._folder / FILENAME) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self._folder is not None:
+            write_json(self._folder / FILENAME, content)
 
     _found: HeldOut  # of the first model
-    _folder: Path  # of its run
+    _folder: Path | None  # of its run; a second model is tested without loggers
 
 
 def _plain(name: str, comparison: dict[str, Comparison]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """RunSummary: held-out metrics before the first step and after the last, the files of the run, and ``summary.json``."""
 
-import json
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_dpo.evaluation.held_out import held_out_metrics
 from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.table import PairTable, TableCollector
-from lit_dpo.files.atomic import atomic_write
+from lit_dpo.files.atomic import write_json
 from lit_dpo.files.console import say
 from lit_dpo.training.environment import hardware, releases
 from lit_dpo.training.run_dir import run_dir
@@ -42,20 +41,22 @@ class RunSummary(Callback):
         self._collector = TableCollector()
         self._table: PairTable | None = None  # of the last evaluation
         self.intervals: dict[str, list[float]] = {}
+        self.intervals_before: dict[str, list[float]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run's."""
         if stage == "fit":
             self.before, self.after, self._seconds, self._start = {}, {}, 0.0, None
-            self._table = None
+            self._table, self.intervals, self.intervals_before = None, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics before training, and the time so far."""
-        return {"before": self.before, "seconds": self._time()}
+        return {"before": self.before, "seconds": self._time(), "intervals_before": self.intervals_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the metrics before training, and the time, of the run that this one goes on from."""
         self.before, self._seconds = state_dict["before"], state_dict["seconds"]
+        self.intervals_before = state_dict["intervals_before"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
@@ -75,12 +76,14 @@ class RunSummary(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds a batch to the table."""
-        self._collector.add(pl_module.eval_metrics, batch)
+        self._collector.add(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the table, for the intervals at the end."""
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         self._table = self._collector.finish(trainer, pairs)
+        if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
+            self.intervals_before = {} if self._table is None else _intervals(self._table)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the held-out metrics."""
@@ -111,8 +114,7 @@ class RunSummary(Callback):
                 after = self.after.get(name, float("nan"))
                 say(f"{name.removeprefix('val/'):<26}{before:>12}{after:>12.4f}{bounds:>24}".rstrip())
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with atomic_write(folder / FILENAME) as path:
-                path.write_text(json.dumps(self._facts(trainer), indent=2) + "\n", encoding="utf-8")
+            write_json(folder / FILENAME, self._facts(trainer))
         say(f"\n{folder}/")
         for name, meaning in FILES.items():
             if (folder / name).exists():
@@ -133,6 +135,7 @@ class RunSummary(Callback):
             "before": self.before,
             "after": self.after,
             "intervals": self.intervals,
+            "intervals_before": self.intervals_before,
             "hardware": hardware(trainer),
             "seconds": round(self._time(), 1),
             "peak_memory_gb": round(peak_memory(trainer) / 1e9, 2),

@@ -188,6 +188,8 @@ class DPOCLI(LightningCLI):
         for key, kind in (("model", self._model_class), ("data", self._datamodule_class)):
             if isinstance(kind, type):
                 check_nulls(key, kind, config[key])
+        if "lora" in config.model and config.model.lora is None and config.model.adapter is None:
+            raise ValueError("model.lora=null: training all weights is not supported. Leave model.lora out.")
         follows = last_given(self._args, str(self.subcommand), "data.seed") is None
         if type(config.seed_everything) is int and follows and "seed" in config.data:
             config.data.seed = config.seed_everything
@@ -216,7 +218,13 @@ class DPOCLI(LightningCLI):
     def before_test(self) -> None:
         """Finds the checkpoint to compare with, before anything is computed, and names both for the report."""
         config = self.config.test
-        self._against = None if config.against is None else find_checkpoint(Path(config.against), option="--against")
+        self._against = (
+            None
+            if config.against is None
+            else find_checkpoint(
+                Path(config.against), trust_remote_code=config.model.trust_remote_code, option="--against"
+            )
+        )
         for callback in self._intervals():
             callback.model_name = str(config.ckpt_path or self.model.base)
 

@@ -11,7 +11,7 @@ from typing import Any
 DESCRIPTIONS = {
     "fit": "Align a model on preference pairs.",
     "validate": "Measure loss and reward accuracy on the held-out pairs.",
-    "test": "Like validate, but logs the metrics under test/.",
+    "test": "Measure the held-out pairs with intervals, by group, and against another model.",
     "predict": "Write the implicit rewards of each held-out pair as JSON lines.",
     "audit": "Read the data as fit would, and judge it before it is trained on.",
     "prepare": "Tokenize the pairs and compute the reference log-probs ahead of fit.",

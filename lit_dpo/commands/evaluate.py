@@ -53,6 +53,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         chat_template=chat_template,
+        template_kwargs=trained.data.get("chat_template_kwargs"),
         system=trained.data.get("system"),
         resampling=intervals,
     )

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_dpo.evaluation.trained import TrainedQuantization, find_trained
 from lit_dpo.export.gguf import GGUFType
-from lit_dpo.export.hub import push_folder
+from lit_dpo.export.hub import check_name, push_folder
 from lit_dpo.export.run import DType, Export, Format, Merge, export_model
 from lit_dpo.files.console import say
 
@@ -51,6 +51,8 @@ def export(
         trust_remote_code: Whether to run model code that comes with the base model's repository.
         progress_bar: Whether to show progress bars.
     """
+    if push_to_hub is not None:
+        check_name(push_to_hub)
     chosen = Export(merge, format, gguf_type, dtype, num_pairs, max_kl)
     trained = find_trained(
         ckpt_path, adapter, base=base, quantization=quantization, trust_remote_code=trust_remote_code

@@ -8,9 +8,11 @@ from lit_dpo.evaluation.judges import Endpoint, ImplicitReward, Judge, LanguageM
 from lit_dpo.evaluation.judging import Contestant, Sampling, judged_text, run_judging
 from lit_dpo.evaluation.prompts import collect_prompts
 from lit_dpo.evaluation.statistics import Resampling
-from lit_dpo.evaluation.trained import TrainedQuantization, find_trained
+from lit_dpo.evaluation.trained import TrainedQuantization, find_checkpoint, find_trained
 from lit_dpo.files.console import say
 from lit_dpo.module import DPOModule
+
+OPENAI = "https://api.openai.com/v1"
 
 
 def judge(
@@ -23,7 +25,7 @@ def judge(
     source: str | None = None,
     by: Literal["implicit", "reward_model", "language_model", "endpoint"] = "implicit",
     judge_model: str | None = None,
-    url: str = "https://api.openai.com/v1",
+    url: str = OPENAI,
     output: str = "judge",
     sampling: Sampling = Sampling(),  # noqa: B008  it is frozen
     intervals: Resampling = Resampling(),  # noqa: B008
@@ -54,6 +56,8 @@ def judge(
         trust_remote_code: Whether to run model code that comes with a repository.
         progress_bar: Whether to show progress bars.
     """
+    if url != OPENAI and by != "endpoint":
+        raise ValueError("--url is the address of --by endpoint.")
     if (judge_model is None) != (by == "implicit"):
         raise ValueError("--judge_model names the judge of --by reward_model, language_model and endpoint alone.")
     trained = find_trained(
@@ -61,9 +65,10 @@ def judge(
     )
     other = trained
     if against is not None:
-        is_adapter = Path(against).is_dir() or not Path(against).exists()
-        where = (None, against) if is_adapter else (against, None)
-        other = find_trained(*where, trust_remote_code=trust_remote_code)
+        if against.endswith(".ckpt") or Path(against).is_file():
+            other = find_checkpoint(Path(against), trust_remote_code=trust_remote_code, option="--against")
+        else:
+            other = find_trained(None, against, trust_remote_code=trust_remote_code, option="--against")
     wanted = (prompt, prompts, held_out, source)
     questions = collect_prompts(trained, *wanted)
     theirs = questions

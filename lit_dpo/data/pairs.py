@@ -133,10 +133,9 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         number = int(self.indices[index])
         return f"{self.parts[bisect_right(self._starts, number) - 1].source}, row {self.columns[number]['row']}"
 
-    def origins(self) -> list[tuple[str, int]]:
-        """Source and row number of each pair, P entries."""
-        rows = self._taken("row").to_pylist()
-        return [(self.parts[number].source, row) for number, row in zip(self.part_numbers(), rows, strict=True)]
+    def origins(self) -> list[tuple[int, int]]:
+        """Number of the source, and row number in it, of each pair, P entries."""
+        return list(zip(self.part_numbers().tolist(), self._taken("row").to_pylist(), strict=True))
 
     def groups(self) -> list[str]:
         """Value of the column to group by of each pair, P entries; none if no pair has one."""

@@ -235,11 +235,7 @@ class ChatTemplate:
     @cached_property
     def _text(self) -> Any:
         """The template, or several by name, with the date in the place of each call that asks for it."""
-        text = self.tokenizer.chat_template
-        if not isinstance(text, str):
-            return text
-        date = dt.date.today() if self.date is None else dt.date.fromisoformat(self.date)
-        return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(date.strftime(call[2])), text)
+        return with_date(self.tokenizer.chat_template, self.date)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -261,6 +257,19 @@ class ChatTemplate:
             if re.search(r'\{\s*"key":\s*"value"\s*\}', rendered):
                 return is_text
         return False
+
+
+def with_date(template: Any, date: str | None) -> Any:
+    """A chat template with a date in the place of each call that asks for it.
+
+    Args:
+        template: The template. Several by name are left as they are.
+        date: The date, as ``2026-01-31``; None for today.
+    """
+    if not isinstance(template, str):
+        return template
+    day = dt.date.today() if date is None else dt.date.fromisoformat(date)
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(day.strftime(call[2])), template)
 
 
 def _with_text_arguments(turn: Message) -> Message:

@@ -122,9 +122,13 @@ class Conversation:
         if not self.last:
             self.write("[there is no answer yet]\n")
             return
-        message = self.turns[-2]["content"]
-        self.turns = self.turns[:-2]
-        self._answer(message)
+        before, message = self.turns, self.turns[-2]["content"]
+        self.turns = before[:-2]
+        try:
+            self._answer(message)
+        finally:
+            if len(self.turns) < len(before):  # stopped: the answers of before stand
+                self.turns = before
 
     def _save(self, choice: str) -> None:
         """Appends the last two answers as a preference pair. The conversation goes on with the chosen one."""
@@ -143,7 +147,7 @@ class Conversation:
         self.pairs.parent.mkdir(parents=True, exist_ok=True)
         with self.pairs.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.turns[-1] = _spoken(chosen)
+        self.turns[-1], self.last = _spoken(chosen), {}
         self.write(f"[saved to {self.pairs}]\n")
 
 

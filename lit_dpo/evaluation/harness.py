@@ -4,7 +4,6 @@ The harness is an extra: ``pip install 'lit_dpo[evaluate]'``. Both models are as
 that of the paired differences.
 """
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_dpo.evaluation.statistics import Comparison, Resampling, ratio, sums_by_prompt
-from lit_dpo.files.atomic import atomic_write
+from lit_dpo.files.atomic import write_json
 from lit_dpo.module import DPOModule
 
 
@@ -47,6 +46,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     chat_template: bool = True,
+    template_kwargs: dict[str, Any] | None = None,
     system: str | None = None,
     resampling: Resampling | None = None,
 ) -> list[Line]:
@@ -61,6 +61,7 @@ def run_tasks(
         num_fewshot: Number of examples before each question; by default that of the task.
         batch_size: Number of documents that are asked together.
         chat_template: Whether questions are put as messages, as in training.
+        template_kwargs: Arguments to the chat template.
         system: System message.
         resampling: How the intervals of differences are computed.
 
@@ -77,7 +78,9 @@ def run_tasks(
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}. `lm-eval ls tasks` lists them.")
-    model = HFLM(pretrained=module.model, tokenizer=tokenizer, batch_size=batch_size)
+    model = HFLM(
+        pretrained=module.model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=template_kwargs
+    )
 
     def asked() -> dict[str, list[dict[str, Any]]]:
         try:
@@ -147,8 +150,12 @@ def harness_text(lines: Sequence[Line], level: float) -> str:
         low, high = result.difference.low, result.difference.high
         interval = f"[{low:+.3f}, {high:+.3f}]" if low == low else ""
         values = f"{result.second:>9.3f}{result.first:>9.3f}{result.difference.value:>+12.3f}"
-        shown.append(f"{f'{task} {metric}':<{width}}{number:>7,}{values}   {interval:<20}{result.p_value:.3f}")
+        shown.append(f"{f'{task} {metric}':<{width}}{number:>7,}{values}   {interval:<20}{_p(result.p_value)}")
     return "\n".join(shown)
+
+
+def _p(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}"
 
 
 def write(path: Path, lines: Sequence[Line]) -> None:
@@ -165,5 +172,4 @@ def write(path: Path, lines: Sequence[Line]) -> None:
         }
         for line in lines
     ]
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_json(path, rows)

@@ -145,5 +145,4 @@ def _bins(
 
 
 def _plain(group: Group) -> dict[str, Any]:
-    metrics = {name: [None if np.isnan(x) else x for x in estimate] for name, estimate in group.metrics.items()}
-    return {**vars(group), "metrics": metrics}
+    return {**vars(group), "metrics": {name: list(estimate) for name, estimate in group.metrics.items()}}

@@ -1,5 +1,6 @@
 """Judges: prompt and two answers ──► a verdict. A reward model, a language model, an endpoint, or implicit rewards."""
 
+import http.client
 import json
 import math
 import os
@@ -211,13 +212,14 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310
                     return str(json.loads(response.read())["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
-                why = f"status {error.code}"
+                said = " ".join(error.read(2000).decode(errors="replace").split())
+                why = f"status {error.code}" + (f" ({said:.200})" if said else "")
                 if error.code not in (408, 409, 429) and error.code < 500:
-                    raise OSError(
-                        f"--url {self.url} refuses: {why}. Is OPENAI_API_KEY set, and the model right?"
-                    ) from None
-                wait = float(error.headers.get("Retry-After") or wait)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                    remedy = "Are OPENAI_API_KEY and the model's name right?"
+                    raise OSError(f"--url {self.url} refuses: {why}. {remedy}") from None
+                asked = str(error.headers.get("Retry-After", ""))
+                wait = float(asked) if asked.isdigit() else wait  # it may be a date too
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 why = str(getattr(error, "reason", error))
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 why = f"no chat completion ({type(error).__name__})"

@@ -14,7 +14,7 @@ from lit_dpo.evaluation.judges import Case, ImplicitReward, Judge
 from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.trained import Trained
 from lit_dpo.evaluation.winrate import Verdict, WinRate, win_rate
-from lit_dpo.files.atomic import atomic_write
+from lit_dpo.files.atomic import atomic_write, write_json
 from lit_dpo.files.store import Store, digest
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.generation import Answer, Prompt, answers
@@ -60,9 +60,11 @@ class Contestant:
 
     def __init__(self, trained: Trained, initial: bool, prompts: Sequence[Prompt]) -> None:
         self.trained, self.initial, self.prompts = trained, initial, prompts
-        start = (trained.module.base, str(trained.arguments.get("quantization")), trained.module.adapter)
+        module = trained.module
+        start = (module.base, str(module.quantization), module.repository, module.adapter if trained.weights else None)
         self.digest = digest(*start) if initial else digest(*start, trained.digest)
-        self.name = f"{trained.module.base}, before training" if initial else str(trained.path)
+        before = "before training" if trained.weights else "without any adapter"
+        self.name = f"{trained.module.base}, {before}" if initial else str(trained.path)
 
     def answer(
         self, load: Callable[[], DPOModule], sampling: Sampling, store: Store, progress_bar: bool
@@ -71,7 +73,9 @@ class Contestant:
         how = (sampling.max_new_tokens, sampling.temperature, sampling.seed)
         keys = [digest(self.digest, prompt.ids, *how) for prompt in self.prompts]
         missing = [number for number, key in enumerate(keys) if key not in store]
-        bar = tqdm(total=len(missing), desc=f"Answers of {self.name}", unit="prompt", disable=not progress_bar)
+        bar = tqdm(
+            total=len(missing), desc=f"Answers of {self.name}", unit="prompt", disable=not (progress_bar and missing)
+        )
         for start in range(0, len(missing), sampling.batch_size):
             chunk = missing[start : start + sampling.batch_size]
             module = load()
@@ -125,7 +129,7 @@ def run_judging(
     if not isinstance(judge, ImplicitReward):
         first.trained.unload()
     cases = [
-        Case(prompt.text, prompt.ids, a.text, b.text, a.ids, _in_tokens_of(first, second, b))
+        Case(prompt.conversation or prompt.text, prompt.ids, a.text, b.text, a.ids, _in_tokens_of(first, second, b))
         for prompt, a, b in zip(first.prompts, own, theirs, strict=True)
     ]
     verdicts = _verdicts(judge, cases, Store(folder / "verdicts.jsonl"), sampling.batch_size, progress_bar)
@@ -139,21 +143,26 @@ def run_judging(
 
 def _verdicts(judge: Judge, cases: Sequence[Case], store: Store, batch_size: int, progress_bar: bool) -> list[Verdict]:
     """A verdict on each case. Equal answers are a tie, without asking."""
-    keys = [digest(judge.name, case.prompt, case.first, case.second) for case in cases]
+    keys = [digest(judge.name, case.prompt, case.prompt_ids, case.first, case.second) for case in cases]
     missing = [
         number
         for number, (key, case) in enumerate(zip(keys, cases, strict=True))
         if key not in store and case.first != case.second
     ]
-    bar = tqdm(total=len(missing), desc=f"Verdicts of the {judge.name}", unit="verdict", disable=not progress_bar)
+    bar = tqdm(
+        total=len(missing), desc=f"Verdicts of the {judge.name}", unit="verdict", disable=not (progress_bar and missing)
+    )
+    found = {key: Verdict(tuple(store[key])) for key in keys if key in store}
     size = batch_size if isinstance(judge, ImplicitReward) else 1  # others go case by case, so each is kept at once
     for start in range(0, len(missing), size):
         chunk = missing[start : start + size]
         for number, verdict in zip(chunk, judge([cases[number] for number in chunk]), strict=True):
-            store[keys[number]] = verdict.preferences
+            found[keys[number]] = verdict
+            if verdict.readable:  # another is asked for again by a later run
+                store[keys[number]] = verdict.preferences
         bar.update(len(chunk))
     bar.close()
-    return [Verdict(tuple(store[key])) if key in store else Verdict((0.5,)) for key in keys]
+    return [found.get(key, Verdict((0.5,))) for key in keys]
 
 
 def _in_tokens_of(first: Contestant, second: Contestant, answer: Answer) -> list[int]:
@@ -176,8 +185,7 @@ def _write(
         "sampling": vars(sampling),
         **judged.result.to_dict(),
     }
-    with atomic_write(folder / "judge.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "judge.json", result)
     with atomic_write(folder / "judgements.jsonl") as path:
         rows = []
         for case, verdict in zip(cases, verdicts, strict=True):
@@ -194,7 +202,8 @@ def judged_text(judged: Judged, level: float) -> str:
     lines.append(f"{f'{number:,} prompts':<36}{'A':>9}   {100 * level:g} % interval")
     for name, one in {"win rate": result.rate, "win rate at equal length": result.controlled}.items():
         if one.value == one.value:
-            lines.append(f"{name:<36}{one.value:>9.3f}   [{one.low:.3f}, {one.high:.3f}]")
+            interval = f"   [{one.low:.3f}, {one.high:.3f}]" if one.low == one.low else ""
+            lines.append(f"{name:<36}{one.value:>9.3f}{interval}")
     counts = {
         "wins, ties, losses": f"{result.wins}, {result.ties}, {result.losses}",
         "mean length in characters, A and B": f"{result.lengths[0]:.0f}, {result.lengths[1]:.0f}",
@@ -205,8 +214,10 @@ def judged_text(judged: Judged, level: float) -> str:
     if result.consistency == result.consistency:
         share = 100 * (1 - result.consistency)
         lines.append(f"The judge changes {share:.0f} % of its verdicts with the order of the answers. They are ties.")
-    side = "better" if result.rate.value > 0.5 else "worse"
-    lines.append("A cannot be told from B." if result.rate.low <= 0.5 <= result.rate.high else f"A is {side} than B.")
+    if result.rate.low > 0.5 or result.rate.high < 0.5:
+        lines.append(f"A is {'better' if result.rate.value > 0.5 else 'worse'} than B, by this judge.")
+    else:
+        lines.append("A cannot be told from B, by this judge and with so many prompts.")
     if "implicit reward" in judged.judge:
         lines.append("This judge is A itself: it tells how far A does what it was trained to prefer, and no more.")
     return "\n".join(lines)

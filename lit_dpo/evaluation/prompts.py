@@ -29,15 +29,23 @@ def collect_prompts(
     """
     if not (prompt or prompts or held_out):
         raise ValueError("Give prompts: --prompt TEXT, --prompts FILE or --held_out NUMBER.")
+    if source is not None and not held_out:
+        raise ValueError("--source holds held-out prompts: give their --held_out NUMBER too.")
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts is not None:
         texts += read_prompts(Path(prompts))
     options = {"system": trained.data.get("system"), "template_kwargs": trained.data.get("chat_template_kwargs")}
     found = [user_prompt(text, trained.tokenizer, **options) for text in texts]
     if held_out:
-        pairs = trained.held_out(source)
-        different = {tuple(one.ids): one for one in (Prompt(*pairs.prompt(index)) for index in range(len(pairs)))}
-        found += list(different.values())[:held_out]
+        pairs, tokenizer = trained.held_out(source), trained.tokenizer
+        different: dict[tuple[int, ...], Prompt] = {}
+        for index in range(len(pairs)):
+            text, ids = pairs.prompt(index)
+            different.setdefault(tuple(ids), Prompt(text, ids))
+        for one in list(different.values())[:held_out]:
+            alone = tokenizer.chat_template and user_prompt(one.text, tokenizer, **options).ids == one.ids
+            whole = "" if alone else str(tokenizer.decode(one.ids, skip_special_tokens=True)).strip()
+            found.append(one._replace(conversation=whole))
     return found
 
 

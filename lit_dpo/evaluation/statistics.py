@@ -24,13 +24,14 @@ class Estimate(NamedTuple):
     high: float
 
     def of_share(self, number: int, level: float) -> "Estimate":
-        """The same with Wilson's interval if all observations are alike, so that a bootstrap would claim no error.
+        """The same with Wilson's interval if all or none of the observations count: a bootstrap would claim no error.
 
         Args:
             number: Number of independent observations.
             level: Confidence level.
         """
-        return Estimate(self.value, *wilson(self.value, number, level)) if self.low == self.high else self
+        alike = self.low == self.high and self.value in (0.0, 1.0)
+        return Estimate(self.value, *wilson(self.value, number, level)) if alike else self
 
 
 class Comparison(NamedTuple):
@@ -39,7 +40,7 @@ class Comparison(NamedTuple):
     first: float
     second: float
     difference: Estimate  # first minus second
-    p_value: float
+    p_value: float  # NaN if a value is
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Resampling:
     def estimate(self, sums: Sums, statistics: dict[str, Statistic]) -> dict[str, Estimate]:
         """Values of all prompts, with percentile intervals of a bootstrap over prompts.
 
-        All statistics see the same draws. With one prompt, or if a draw has no pair that counts, the bounds are NaN.
+        All statistics see the same draws. The bounds are NaN with one prompt, or if in a tenth of the draws no pair
+        counts.
 
         Args:
             sums: Sums of each prompt, (C, K).
@@ -106,7 +108,7 @@ class Resampling:
 
         estimate = self.estimate(both, {"difference": difference})["difference"]
         generator = np.random.default_rng(self.seed + 1)
-        as_large, number = 1, 1  # the observed one counts
+        as_large, number = 1.0, 1  # the observed one counts
         total = both.sum(0)
         for size in _sizes(self.num_resamples):
             swapped = generator.integers(0, 2, (size, len(both))).astype(np.float64)
@@ -114,6 +116,8 @@ class Resampling:
             drawn = np.concatenate([total[:width] + moved, total[width:] - moved], axis=1)
             as_large += int((np.abs(difference(drawn)) >= abs(estimate.value) - 1e-12).sum())
             number += size
+        if not np.isfinite(estimate.value):
+            as_large = np.nan  # nothing is compared
         one, other = (float(statistic(sums.sum(0, keepdims=True))[0]) for sums in (first, second))
         return Comparison(one, other, estimate, as_large / number)
 

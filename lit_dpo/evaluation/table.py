@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.pairs import PairDataset
 from lit_dpo.training.metrics import PreferenceMetrics
 from lit_dpo.training.ranks import gather_objects
 
@@ -41,26 +43,29 @@ class TableCollector:
 
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
-        self._origins: list[tuple[str, int]] = []
+        self._origins: list[tuple[int, int]] = []
 
     def start(self) -> None:
         """Forgets what was collected."""
         self._rows, self._origins = [], []
 
-    def add(self, metrics: PreferenceMetrics, batch: Any) -> None:
-        """Adds the batch that the metrics have just taken in."""
-        self._rows.append(metrics.rows[-1])
-        self._origins += batch.origins
+    def add(self, module: Any, batch: Any) -> None:
+        """Adds the batch that the metrics of a module have just taken in. Other modules and batches give no table."""
+        metrics = getattr(module, "eval_metrics", None)
+        if isinstance(metrics, PreferenceMetrics) and metrics.rows and isinstance(batch, PairBatch):
+            self._rows.append(metrics.rows[-1])
+            groups = batch.groups or (0,) * len(batch)
+            self._origins += [(group, row) for group, (_, row) in zip(groups, batch.origins, strict=True)]
 
     def finish(self, trainer: Trainer, pairs: Any) -> PairTable | None:
-        """The table, on the first rank; None on the others, and where pairs are not those of a ``PairDataset``.
+        """The table, on the first rank; None on the others, and if the pairs are not those of a ``PairDataset``.
 
         Collective: every rank must call it.
         """
         rows = torch.cat(self._rows).cpu().numpy() if self._rows else np.zeros((0, 0))
         parts = gather_objects(trainer, (rows, self._origins))
         self.start()
-        if not trainer.is_global_zero or not hasattr(pairs, "columns"):
+        if not trainer.is_global_zero or not isinstance(pairs, PairDataset):
             return None
         found = [(part, origins) for part, origins in parts if len(origins)]
         if not found:
@@ -68,9 +73,11 @@ class TableCollector:
         return _table(np.concatenate([part for part, _ in found]), [o for _, origins in found for o in origins], pairs)
 
 
-def _table(rows: np.ndarray, origins: list[tuple[str, int]], pairs: Any) -> PairTable:
+def _table(rows: np.ndarray, origins: list[tuple[int, int]], pairs: PairDataset) -> PairTable | None:
     """The table of rows of ``PreferenceMetrics``, in the order of the data set."""
     places = {origin: place for place, origin in enumerate(pairs.origins())}
+    if not all(origin in places for origin in origins):
+        return None  # a data module of somebody's own gives other pairs than it holds
     where = np.array([places[origin] for origin in origins])
     order = np.argsort(where, kind="stable")
     rows, where = rows[order], where[order]

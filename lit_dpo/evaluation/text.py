@@ -42,9 +42,12 @@ def verdicts(total: Group) -> list[str]:
     else:
         side = "above" if accuracy.value > 0.5 else "below"
         said.append(f"The accuracy {accuracy.value:.3f} is {side} chance (0.5).")
-    if accuracy.low <= longer.value <= accuracy.high:
-        said.append(f"It cannot be told from that of preferring the longer response ({longer.value:.3f}) either.")
-    if not math.isnan(controlled.low) and controlled.low <= 0.5 <= controlled.high and accuracy.low > 0.5:
+    rule, of_rule = ("longer", longer.value) if longer.value >= 0.5 else ("shorter", 1 - longer.value)
+    if accuracy.low <= of_rule <= accuracy.high:
+        said.append(f"It cannot be told from that of preferring the {rule} response ({of_rule:.3f}) either.")
+    if math.isnan(controlled.value):
+        said.append(f"Lengths cannot be controlled: in every pair the chosen response is the {rule} one.")
+    elif not math.isnan(controlled.low) and controlled.low <= 0.5 <= controlled.high and accuracy.low > 0.5:
         said.append(
             f"With lengths controlled it is {controlled.value:.3f}, which cannot be told from chance: what was learned "
             "may be length alone."
@@ -57,8 +60,10 @@ def comparison_text(first: str, second: str, comparison: dict[str, Comparison], 
     lines = ["", f"A  {first}", f"B  {second}", ""]
     lines.append(f"{'on the same pairs':<40}{'A':>11}{'B':>11}{'A - B':>11}   {f'{100 * level:g} % interval':<24}p")
     for name, one in comparison.items():
-        interval = f"[{one.difference.low:.4f}, {one.difference.high:.4f}]"
-        values = f"{one.first:>11.4f}{one.second:>11.4f}{one.difference.value:>11.4f}"
+        low, high = one.difference.low, one.difference.high
+        interval = "" if math.isnan(low) else f"[{low:.4f}, {high:.4f}]"
+        numbers = (one.first, one.second, one.difference.value)
+        values = "".join(f"{'-':>11}" if math.isnan(number) else f"{number:>11.4f}" for number in numbers)
         lines.append(f"{LABELS.get(name, name):<40}{values}   {interval:<24}{_p(one.p_value)}")
     accuracy = comparison[ACCURACY]
     chance = accuracy.p_value >= 1 - level
@@ -71,10 +76,14 @@ def comparison_text(first: str, second: str, comparison: dict[str, Comparison], 
 
 
 def _p(value: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return "-"
     return "< 0.001" if value < 0.001 else f"{sign}{value:.3f}"
 
 
 def _row(name: str, estimate: Estimate, width: int) -> str:
+    if math.isnan(estimate.value):
+        return f"{name:<{width}}{'-':>12}"
     interval = "" if math.isnan(estimate.low) else f"   [{estimate.low:.4f}, {estimate.high:.4f}]"
     return f"{name:<{width}}{estimate.value:>12.4f}{interval}"
 

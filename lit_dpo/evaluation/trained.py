@@ -12,17 +12,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 import yaml
 from lightning.pytorch.cli import instantiate_module
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
+from lit_dpo.data.loading import template_text
 from lit_dpo.data.pairs import PairDataset
+from lit_dpo.data.rendering import with_date
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.adapters import REFERENCE_ADAPTER
 from lit_dpo.training.hyperparameters import TRUST, without_trust
 
 TrainedQuantization: TypeAlias = BitsAndBytesConfig | Literal["auto", "nf4"] | None
+OF_SOURCE = ("split", "subset", "revision", "val_split", "val_size", "columns", "ignore", "group_by")
 FACTS = "export.json"  # what an export writes down of the training, beside the adapter
 
 
@@ -37,6 +40,7 @@ class Trained:
         data: Arguments of the data module in training, likewise.
         weights: The checkpoint's weights by their names in the module; empty for an adapter.
         run: The folder of the run that left it, if it lies there still.
+        step: Optimizer steps of the checkpoint; None for an adapter.
     """
 
     path: Path
@@ -45,6 +49,7 @@ class Trained:
     data: dict[str, Any]
     weights: dict[str, Tensor]
     run: Path | None
+    step: int | None = None
 
     def load(self) -> DPOModule:
         """Loads base and adapters, on a GPU if there is one, in evaluation mode."""
@@ -84,13 +89,13 @@ class Trained:
             ValueError: If neither is known.
         """
         tokenizer = self.tokenizer
-        if source is not None:
-            data = PreferenceDataModule(source, val_source=source, tokenizer=tokenizer)
-        elif self.data.get("source") is not None:
-            arguments = {key: value for key, value in self.data.items() if not key.startswith("_")}
-            data = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer})
-        else:
+        arguments = {key: value for key, value in self.data.items() if not key.startswith("_")}
+        if source is not None:  # read and rendered as in training, but for what was said of its columns and splits
+            arguments = {key: value for key, value in arguments.items() if key not in OF_SOURCE}
+            arguments |= {"source": source, "val_source": source}
+        elif arguments.get("source") is None:
             raise ValueError("Held-out pairs need data: give --source, or a checkpoint whose run set data.source.")
+        data = PreferenceDataModule(**{**arguments, "tokenizer": tokenizer, "streaming": False})
         data.setup("predict")
         assert data.val_pairs is not None
         return data.val_pairs
@@ -102,7 +107,9 @@ class Trained:
         if beside.exists():
             tokenizer.chat_template = beside.read_text(encoding="utf-8")
         elif self.data.get("chat_template"):
-            tokenizer.chat_template = self.data["chat_template"]
+            tokenizer.chat_template = template_text(self.data["chat_template"])
+        if self.data.get("date"):
+            tokenizer.chat_template = with_date(tokenizer.chat_template, self.data["date"])
         return tokenizer
 
 
@@ -113,6 +120,7 @@ def find_trained(
     base: str | None = None,
     quantization: TrainedQuantization = "auto",
     trust_remote_code: bool = False,
+    option: str = "--adapter",
 ) -> Trained:
     """Finds an aligned model. Of its weights, only the adapter's are read.
 
@@ -123,6 +131,7 @@ def find_trained(
         quantization: Quantization of the base of ``adapter`` in training. ``auto`` takes that of the run in whose
             folder it lies, or that its export wrote down; else ``nf4``, and says so. A checkpoint stores its own.
         trust_remote_code: Whether to run model code that comes with the base model's repository.
+        option: Name of the option that gave the adapter, for messages.
 
     Raises:
         ValueError: If neither or both of checkpoint and adapter are given, or if one is something else.
@@ -135,7 +144,7 @@ def find_trained(
             raise ValueError("--base and --quantization are for an adapter. A checkpoint stores its own.")
         return find_checkpoint(Path(ckpt_path), trust_remote_code=trust_remote_code)
     assert adapter is not None
-    return _of_adapter(adapter_folder(adapter), base, quantization, trust_remote_code)
+    return _of_adapter(adapter_folder(adapter, option), base, quantization, trust_remote_code)
 
 
 def find_checkpoint(path: Path, *, trust_remote_code: bool = False, option: str = "--ckpt_path") -> Trained:
@@ -151,7 +160,8 @@ def find_checkpoint(path: Path, *, trust_remote_code: bool = False, option: str 
         FileNotFoundError: If it does not exist.
     """
     if (path / "adapter_config.json").exists():
-        raise ValueError(f"{option} {path} is the folder of an adapter. Give it as --adapter.")
+        remedy = "Give it as --adapter." if option == "--ckpt_path" else "Give a checkpoint."
+        raise ValueError(f"{option} {path} is the folder of an adapter. {remedy}")
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder. Give a file, such as {path}/checkpoints/last.ckpt.")
     if not path.exists():
@@ -166,7 +176,7 @@ def find_checkpoint(path: Path, *, trust_remote_code: bool = False, option: str 
     module: DPOModule = instantiate_module(DPOModule, {**chosen, TRUST: trust_remote_code})
     data = checkpoint.get("datamodule_hyper_parameters", {})
     run = path.parent.parent if (path.parent.parent / "config.yaml").exists() else None
-    return Trained(path, module, arguments, data, weights, run)
+    return Trained(path, module, arguments, data, weights, run, checkpoint.get("global_step"))
 
 
 def _of_adapter(folder: Path, base: str | None, quantization: TrainedQuantization, trust_remote_code: bool) -> Trained:
@@ -183,9 +193,16 @@ def _of_adapter(folder: Path, base: str | None, quantization: TrainedQuantizatio
     elif quantization == "auto":
         rank_zero_info(f"{folder} does not tell the quantization of its training: nf4 is taken. See --quantization.")
         quantization = "nf4"
-    module = DPOModule(
-        name, quantization=quantization, adapter=str(folder), revision=revision, trust_remote_code=trust_remote_code
-    )
+    how = {"base": name, "adapter": str(folder), "revision": revision, TRUST: trust_remote_code}
+    objective = arguments.get("objective") or {}
+    if str(objective.get("class_path", "")).startswith("lit_dpo.objectives."):
+        how["objective"] = objective
+    elif objective:
+        rank_zero_warn(
+            f"{folder}: its objective {objective.get('class_path')} is not loaded; rewards are those of DPO."
+        )
+    module: DPOModule = instantiate_module(DPOModule, how)
+    module.quantization = quantization
     run = folder.parent if (folder.parent / "config.yaml").exists() else None
     return Trained(folder, module, arguments, told.get("data", {}), {}, run)
 
@@ -200,8 +217,12 @@ def _told_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def adapter_folder(adapter: str) -> Path:
+def adapter_folder(adapter: str, option: str = "--adapter") -> Path:
     """The folder of an adapter, downloaded if it is a hub id.
+
+    Args:
+        adapter: Folder or hub id.
+        option: Name of the option that gave it, for messages.
 
     Raises:
         ValueError: If it is something else: a checkpoint, or a whole model.
@@ -209,22 +230,24 @@ def adapter_folder(adapter: str) -> Path:
     """
     folder = Path(adapter)
     if folder.is_file():
-        raise ValueError(f"--adapter {adapter} is a file. Give a checkpoint as --ckpt_path.")
+        raise ValueError(f"{option} {adapter} is a file. Give a checkpoint as --ckpt_path.")
     if not folder.exists() and adapter.count("/") == 1 and adapter[0] not in "./~":
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             folder = Path(
-                snapshot_download(adapter, allow_patterns=["*.json", "adapter_model.*", "tokenizer*", "*.jinja"])
+                snapshot_download(
+                    adapter, allow_patterns=["*.json", "adapter_model.*", "tokenizer*", "*.jinja", "base/*"]
+                )
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(f"--adapter {adapter}: {' '.join(str(error).split()):.300}") from error
+            raise FileNotFoundError(f"{option} {adapter}: {' '.join(str(error).split()):.300}") from error
     if not folder.exists():
-        raise FileNotFoundError(f"--adapter {adapter}: there is no such folder.")
+        raise FileNotFoundError(f"{option} {adapter}: there is no such folder.")
     if not (folder / "adapter_config.json").exists():
         kind = "a whole model" if (folder / "config.json").exists() else "no adapter: it has no adapter_config.json"
-        raise ValueError(f"--adapter {adapter} is {kind}. Give the folder that a run or an export has written.")
+        raise ValueError(f"{option} {adapter} is {kind}. Give the folder that a run or an export has written.")
     if not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"--adapter {adapter} has no adapter_model.safetensors. Save it with a recent peft.")
+        raise ValueError(f"{option} {adapter} has no adapter_model.safetensors. Save it with a recent peft.")
     return folder

@@ -13,7 +13,6 @@ from lit_dpo.evaluation.statistics import Estimate, Resampling, ratio, sums_by_p
 
 STEPS = 50  # of Newton's method, which needs about 6
 RIDGE = 1e-3  # keeps the slope finite if length decides every verdict
-FITS = 400  # resamples of the regression, each of which is a fit
 
 
 class Verdict(NamedTuple):
@@ -72,8 +71,7 @@ class WinRate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {name: None if value != value else value for name, value in plain.items()}
+        return dict(vars(self))
 
 
 def win_rate(verdicts: list[Verdict], lengths: np.ndarray, resampling: Resampling) -> WinRate:
@@ -90,7 +88,7 @@ def win_rate(verdicts: list[Verdict], lengths: np.ndarray, resampling: Resamplin
     difference = lengths[:, 0] - lengths[:, 1]
     scaled = np.tanh(difference / max(float(difference.std()), 1.0))
     generator = np.random.default_rng(resampling.seed)
-    drawn = generator.integers(0, len(scores), (min(FITS, resampling.num_resamples), len(scores)))
+    drawn = generator.integers(0, len(scores), (resampling.num_resamples, len(scores)))
     controlled = Estimate(np.nan, np.nan, np.nan)
     if len(np.unique(scores)) > 1:  # equal verdicts say nothing of lengths
         fits = [at_equal_length(scores[rows], scaled[rows]) for rows in drawn]

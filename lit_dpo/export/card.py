@@ -7,18 +7,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from peft import LoraConfig
 
 from lit_dpo.data.mixture import is_plain
 from lit_dpo.evaluation.trained import Trained
 from lit_dpo.export.adapter import BESIDE, base_of
+from lit_dpo.files.secrets import shorten_paths
 from lit_dpo.policy.precision import NF4
 
 if TYPE_CHECKING:
     from lit_dpo.export.run import Export, Exported
 
+FILES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gguf", ".gz", ".zst")  # endings of data files
 UNKNOWN = "**[to fill in: not known here]**"
+OF_THE_END = ("after", "intervals", "epochs", "seconds", "peak_memory_gb", "date")  # facts of a run's last step
 SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "reward accuracy",
@@ -33,7 +38,10 @@ def run_facts(trained: Trained) -> dict[str, Any]:
     """The ``summary.json`` of the run that left a checkpoint or an adapter; empty if it is not there."""
     path = None if trained.run is None else trained.run / "summary.json"
     if path is not None and path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        if trained.step is not None and trained.step != facts.get("steps"):  # not the last checkpoint of the run
+            facts = {key: value for key, value in facts.items() if key not in OF_THE_END} | {"steps": trained.step}
+        return facts
     path = trained.path / "export.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")).get("run", {}))
@@ -75,7 +83,7 @@ def model_card(
         title=title,
         summary=summary,
         loading=_loading(trained, export, title, folder),
-        training=_training(trained, facts),
+        training=_training(trained, facts, exported.lora),
         data=_data(trained, facts),
         metrics=_metrics(facts),
         check=_told_of_check(export, exported),
@@ -87,12 +95,12 @@ def model_card(
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.endswith((".jsonl", ".json", ".parquet"))
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(FILES)
 
 
 def _shown_base(base: str) -> str:
     """A base's name without the folders of a machine."""
-    return Path(base).name if Path(base).exists() else base
+    return Path(base).name if Path(base).exists() else str(shorten_paths(base))
 
 
 def _sources(trained: Trained) -> list[str]:
@@ -108,35 +116,40 @@ def _license_of(name: str, kind: str) -> str | None:
     try:
         local = Path(name).is_dir()
         card = RepoCard.load(Path(name) / "README.md") if local else RepoCard.load(name, repo_type=kind)
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return None
     found = card.data.to_dict().get("license")
     return str(found) if found else None
 
 
-def _training(trained: Trained, facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _training(trained: Trained, facts: dict[str, Any], lora: LoraConfig) -> list[tuple[str, str]]:
     """Names and values of what the training was."""
     arguments, module = trained.arguments, trained.module
     rows = [("base", f"{_shown_base(module.base)}, {_quantization(module.quantization)}")]
     objective = arguments.get("objective")
     if objective:
-        given = ", ".join(f"{key} {value}" for key, value in objective["init_args"].items() if value is not None)
+        given = ", ".join(
+            f"{key} {value}" for key, value in objective.get("init_args", {}).items() if value is not None
+        )
         rows.append(("objective", f"{objective['class_path'].rpartition('.')[2]} ({given})"))
         rows.append(("source of the objective", _reference(objective["class_path"])))
-    lora = module.lora
-    rows.append(("adapters", f"LoRA of rank {lora.r}, alpha {lora.lora_alpha}"))
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    others = " (other ranks for some layers)" if lora.rank_pattern else ""
+    rows.append(("adapters", f"{kind} of rank {lora.r}{others}, alpha {lora.lora_alpha}"))
     optimizer = arguments.get("optimizer")
     if optimizer:
-        settings = {key: optimizer["init_args"].get(key) for key in ("lr", "weight_decay", "betas")}
+        settings = {key: optimizer.get("init_args", {}).get(key) for key in ("lr", "weight_decay", "betas")}
         told = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
         rows.append(("optimizer", f"{optimizer['class_path'].rpartition('.')[2]} ({told})"))
         schedule = f"{arguments.get('lr_scheduler')}, warm-up {arguments.get('warmup')} of the steps"
         rows.append(("learning rate", schedule))
     if facts:
         pairs = facts["processes"] * facts["accumulate_grad_batches"] * int(trained.data.get("batch_size", 0))
-        rows.append(("steps", f"{facts['steps']:,} of {pairs} pairs, {facts['epochs']} epochs, {facts['precision']}"))
-        took = f"{facts['seconds'] / 60:,.1f} minutes, {facts['peak_memory_gb']} GB at the peak, on {facts['date']}"
-        rows.append(("hardware and time", f"{facts['hardware']}, {took}"))
+        epochs = f", {facts['epochs']} epochs" if "epochs" in facts else ""
+        rows.append(("steps", f"{facts['steps']:,} of {pairs} pairs{epochs}, {facts['precision']}"))
+        if "seconds" in facts:
+            took = f"{facts['seconds'] / 60:,.1f} minutes, {facts['peak_memory_gb']} GB at the peak, on {facts['date']}"
+            rows.append(("hardware and time", f"{facts['hardware']}, {took}"))
         rows.append(("releases", ", ".join(f"{name} {number}" for name, number in facts["releases"].items())))
     else:
         rows.append(("steps, hardware and time", UNKNOWN))
@@ -167,7 +180,7 @@ def _data(trained: Trained, facts: dict[str, Any]) -> list[str]:
     kinds = {"train": "training", "val": "held-out"}
     if counts:
         lines.append(", ".join(f"{number:,} {kinds[name]} pairs" for name, number in counts.items()))
-    names = [Path(source).name if Path(source).exists() else source for source in _sources(trained)]
+    names = [_shown_base(source) for source in _sources(trained)]
     lines.insert(0, f"source: {', '.join(names)}" if names else f"source: {UNKNOWN}")
     limits = {name: trained.data.get(name) for name in ("max_length", "max_prompt_length", "max_response_length")}
     told = ", ".join(f"{name} {value}" for name, value in limits.items() if value is not None)
@@ -176,17 +189,25 @@ def _data(trained: Trained, facts: dict[str, Any]) -> list[str]:
 
 def _metrics(facts: dict[str, Any]) -> str:
     """A table of held-out metrics, before and after."""
-    before, after, bounds = (facts.get(name, {}) for name in ("before", "after", "intervals"))
+    before, after = facts.get("before", {}), facts.get("after", {})
+    first, last = facts.get("intervals_before", {}), facts.get("intervals", {})
     if not after:
         return UNKNOWN
     lines = ["| | before | after |", "| --- | --- | --- |"]
     for key, label in SHOWN.items():
         name = f"val/{key}"
         if name in after:
-            first = f"{before[name]:.4f}" if name in before else ""
-            interval = f" [{bounds[name][0]:.4f}, {bounds[name][1]:.4f}]" if name in bounds else ""
-            lines.append(f"| {label} | {first} | {after[name]:.4f}{interval} |")
+            cells = (_cell(before.get(name), first.get(name)), _cell(after[name], last.get(name)))
+            lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    lines += ["", "In brackets: 95 % intervals of a bootstrap over prompts."] if last else []
     return "\n".join(lines)
+
+
+def _cell(value: float | None, bounds: list[float] | None) -> str:
+    if value is None:
+        return ""
+    has_width = bounds is not None and bounds[0] < bounds[1]
+    return f"{value:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds is not None and has_width else f"{value:.4f}"
 
 
 def _told_of_check(export: "Export", exported: "Exported") -> str:

@@ -3,7 +3,20 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+
+def check_name(name: str) -> None:
+    """Checks the name of a repository, before anything is computed.
+
+    Raises:
+        ValueError: If the hub takes no such name.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push_to_hub {name}: {error}") from error
 
 
 def push_folder(folder: Path, name: str, *, private: bool = True) -> str:
@@ -24,7 +37,7 @@ def push_folder(folder: Path, name: str, *, private: bool = True) -> str:
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Export of lit_dpo")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+    except Exception as error:  # of the hub, of the network, of the library that speaks to it
         said = " ".join(str(error).split())
         raise OSError(
             f"--push_to_hub {name}: {said:.300} The export lies in {folder}. To send it again: "

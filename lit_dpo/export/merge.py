@@ -39,6 +39,7 @@ def write_merged(
     quantization: BitsAndBytesConfig | None,
     dtype: torch.dtype | None = None,
     shard_size: int = SHARD,
+    copies: int = 1,
     progress_bar: bool = True,
     **repository: Any,
 ) -> None:
@@ -51,6 +52,7 @@ def write_merged(
         quantization: Quantization of the base in training; None merges into the original weights.
         dtype: Type of the weights; by default that of the base, bfloat16 if it is in float32.
         shard_size: Number of bytes after which a new file begins.
+        copies: How often the weights must find room on the disk.
         progress_bar: Whether to show a progress bar.
         repository: ``revision`` and ``trust_remote_code`` of the base.
 
@@ -70,7 +72,7 @@ def write_merged(
     config.dtype = dtype
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    _check_space(output, sum(_weight_of(inner, name).numel() for name in names) * dtype.itemsize)
+    _check_space(output, sum(_weight_of(inner, name).numel() for name in names) * dtype.itemsize * copies)
     shards = Shards(output, shard_size, lambda weights: revert_weight_conversion(inner, weights))
     for name in tqdm(names, desc="Merging", unit="tensor", disable=not progress_bar):
         shards.add(name, _merged(inner, name, quantized).to(dtype).contiguous())

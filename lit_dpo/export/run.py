@@ -1,16 +1,15 @@
 """What was trained ──► a folder that others load: written, checked in a fresh process, then given its name."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from lit_dpo.data.pairs import PairDataset
@@ -21,7 +20,8 @@ from lit_dpo.export.check import Agreement, Spec, verify, write_distributions
 from lit_dpo.export.gguf import GGUFType, check_architecture, write_gguf
 from lit_dpo.export.merge import write_merged
 from lit_dpo.export.serving import vllm_options
-from lit_dpo.files.secrets import remove_secrets
+from lit_dpo.files.atomic import write_json
+from lit_dpo.files.secrets import remove_secrets, shorten_paths
 from lit_dpo.policy.precision import dtype_for, precision_for, quantization_for
 
 Merge: TypeAlias = Literal["dequantized", "original"]
@@ -56,6 +56,10 @@ class Export:
             raise ValueError("--num_pairs is at least 0, and --max_kl is positive.")
         if self.format == "gguf" and self.dtype != "auto":
             raise ValueError("--dtype is of --format safetensors. Choose --gguf_type.")
+        if self.format != "gguf" and self.gguf_type != "f16":
+            raise ValueError(f"--gguf_type {self.gguf_type} needs --format gguf.")
+        if self.merged_into is None and self.dtype != "auto":
+            raise ValueError(f"--dtype {self.dtype} is of a merged model: give --merge too. Adapters are in float32.")
 
     @property
     def merged_into(self) -> Merge | None:
@@ -68,6 +72,7 @@ class Exported:
     """What was exported."""
 
     folder: Path
+    lora: LoraConfig  # configuration of the adapter
     agreement: Agreement | None  # None if it was not checked
     checked_on: str  # where the pairs of the check came from
     vllm: str = ""  # how vLLM loads an adapter, or why not; empty for a merged model
@@ -110,18 +115,24 @@ def export_model(
     with _unfinished(output) as folder:
         adapter = folder if export.merged_into is None else folder / "adapter"
         write_adapter(trained, adapter, with_base=export.merged_into is None)
+        lora: Any = PeftConfig.from_pretrained(str(adapter))
         spec: dict[str, Any] = {"folder": str(folder), "trust_remote_code": options["trust_remote_code"]}
         quantization = _quantization(trained) if export.merged_into != "original" else None
         if export.merged_into is None:
-            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             spec |= {"base": base, "revision": options["revision"]}
             spec |= {"quantization": None if quantization is None else quantization.to_dict()}
-            vllm = _told_of_vllm(LoraConfig(**config), folder)
-            local = config["base_model_name_or_path"] if Path(config["base_model_name_or_path"]).exists() else ""
+            vllm = _told_of_vllm(lora, folder, trained.module.quantization)
+            local = lora.base_model_name_or_path if Path(lora.base_model_name_or_path).exists() else ""
         else:
             vllm, local = "", ""
             dtype = torch.float16 if export.format == "gguf" else _dtype(export.dtype)
-            how: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "progress_bar": progress_bar}
+            copies = 2 if export.format == "gguf" else 1
+            how: dict[str, Any] = {
+                "copies": copies,
+                "quantization": quantization,
+                "dtype": dtype,
+                "progress_bar": progress_bar,
+            }
             write_merged(adapter, base, folder, **how, **options)
             shutil.rmtree(adapter)
             trained.tokenizer.save_pretrained(folder)
@@ -129,12 +140,12 @@ def export_model(
             _to_gguf(folder, export.gguf_type, progress_bar)
             spec["gguf_file"] = f"model-{export.gguf_type}.gguf"
         agreement, where = _check(trained, export, spec, source)
-        facts = run_facts(trained)
-        told = {"model": trained.arguments, "data": trained.data, "run": facts}
+        told = shorten_paths({"model": trained.arguments, "data": trained.data, "run": run_facts(trained)})
         remove_secrets(told)
-        (folder / FACTS).write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
-        exported = Exported(output, agreement, where, vllm, local)
-        card = model_card(trained, facts, export, exported, folder, title or output.name)
+        write_json(folder / FACTS, told)
+        exported = Exported(output, lora, agreement, where, vllm, local)
+        public = replace(trained, arguments=told["model"], data=told["data"])
+        card = model_card(public, told["run"], export, exported, folder, title or output.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return exported
 
@@ -173,11 +184,10 @@ def _to_gguf(folder: Path, kind: GGUFType, progress_bar: bool) -> None:
     shutil.rmtree(source)
 
 
-def _told_of_vllm(adapter: LoraConfig, folder: Path) -> str:
-    base = adapter.base_model_name_or_path
-    if base is not None and (folder / base).exists():
-        adapter.base_model_name_or_path = str(folder / base)
-    options, reasons = vllm_options(adapter)
+def _told_of_vllm(adapter: LoraConfig, folder: Path, quantization: Any) -> str:
+    base = str(adapter.base_model_name_or_path)
+    beside = (folder / base).exists()
+    options, reasons = vllm_options(adapter, str(folder / base) if beside else base, quantization)
     if reasons:
         return f"vLLM does not serve this adapter: {', and '.join(reasons)}. Use --merge dequantized."
     return f"vllm serve {base} {options} --lora-modules NAME=FOLDER"

@@ -1,9 +1,12 @@
 """Atomic writes: a file is written under a temporary name in the same folder, flushed to disk, then renamed."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +27,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes plain values as JSON. Numbers that are not finite, for which JSON has no form, become null."""
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,6 +17,7 @@ class Prompt(NamedTuple):
 
     text: str
     ids: list[int]
+    conversation: str = ""  # all that the tokens say, if it is more than the text and what templates add
 
 
 class Answer(NamedTuple):

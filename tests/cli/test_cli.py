@@ -119,7 +119,7 @@ def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pyte
     checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
     main(["validate", *tiny, *checkpoint])
     main(["test", *tiny, *checkpoint])
-    assert "test/rewards/accuracies" in capfd.readouterr().out
+    assert "rewards/accuracies, lengths controlled" in capfd.readouterr().out
     main(["predict", *tiny, *checkpoint])
     lines = [json.loads(line) for line in Path("runs/dpo/version_3/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 4

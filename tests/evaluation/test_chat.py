@@ -1,6 +1,7 @@
 """``chat``: who answers, what is kept as a pair, and that ``fit`` reads it."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from lit_dpo import PreferenceDataModule
 from lit_dpo.cli.app import main
+from lit_dpo.evaluation.chat import Conversation
 from tests.export.test_export import CHECKPOINT, trained  # noqa: F401
+from tests.tiny import tiny_policy, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -76,3 +79,28 @@ def test_commands_that_cannot_be(
     assert len(answers) == 2
     assert answers[0] == answers[1], "greedy decoding gives the same answer"
     assert not Path("pairs.jsonl").exists()
+
+
+def test_a_retry_that_is_stopped_leaves_the_answers_of_before(tiny_base: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    policy = tiny_policy(tiny_base)
+    conversation = Conversation(policy, tiny_tokenizer(), said.append, tmp_path / "p.jsonl", max_new_tokens=4)
+    for line in ("/both", "the cat?", "on a mat?"):
+        conversation.say(line)
+    turns = list(conversation.turns)
+
+    def stopped(text: str) -> None:
+        raise KeyboardInterrupt
+
+    conversation.write = stopped
+    with pytest.raises(KeyboardInterrupt):
+        conversation.say("/retry")
+    conversation.write = said.append
+    assert conversation.turns == turns
+    conversation.last = {"base": "a", "aligned": "b"}
+    conversation.say("/save base")
+    conversation.say("/save aligned")
+    (line,) = (tmp_path / "p.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["prompt"][-1]["content"] == "on a mat?"
+    assert "a pair needs the answers of both" in said[-1], "a second choice would contradict the first"

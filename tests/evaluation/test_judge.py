@@ -64,22 +64,24 @@ def test_an_endpoint(
         found = judged(trained, tmp_path / "judge", *options)
         assert server.keys == {"Bearer very-secret"}
         asked = server.asked
-        judged(trained, tmp_path / "judge", *options)
-        assert server.asked == asked, "verdicts are kept"
-    assert found["unreadable"] == 1
+        again = judged(trained, tmp_path / "judge", *options)
+        assert server.asked == asked + 2, "verdicts are kept, and the one that could not be read is asked for again"
+    assert (found["unreadable"], again["unreadable"]) == (1, 0)
     assert found["consistency"] == 1.0
     assert "cases without a verdict: ties" in capsys.readouterr().out
     assert all(b"very-secret" not in path.read_bytes() for path in (tmp_path / "judge").iterdir())
 
 
 def test_an_endpoint_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake_endpoint(401) as server, pytest.raises(OSError, match=r"refuses: status 401\. Is OPENAI_API_KEY set"):
+    with fake_endpoint(401) as server, pytest.raises(OSError, match=r"refuses: status 401\. Are OPENAI_API_KEY and"):
         Endpoint(server.url, "gpt")([CASE])
     with (
         fake_endpoint(*[503] * 6) as server,
         pytest.raises(OSError, match=r"status 503, after 6 attempts\. The verdicts so far"),
     ):
         Endpoint(server.url, "gpt", wait=0.01)([CASE])
+    with fake_endpoint("Hm.", "Hm.", "[[A]]") as server:
+        assert Endpoint(server.url, "gpt")([CASE, CASE])[0].readable is False
     with fake_endpoint(*["Hm."] * 6) as server, pytest.raises(ValueError, match="gave no verdict 5 times in a row"):
         Endpoint(server.url, "gpt")([CASE] * 3)
     with fake_endpoint() as server:
@@ -117,8 +119,11 @@ def test_wrong_arguments(trained: Path, tmp_path: Path) -> None:  # noqa: F811
             "--judge_model",
             "./none",
         ): "--judge_model ./none cannot be loaded: there is no such folder",
-        ("--against", "nowhere"): "--adapter nowhere: there is no such folder",
+        ("--against", "nowhere"): "--against nowhere: there is no such folder",
         ("--held_out", "0"): "Give prompts: --prompt TEXT",
+        ("--held_out", "0", "--prompt", "x", "--source", "y"): "give their --held_out NUMBER too",
+        ("--url", "http://x"): "--url is the address of --by endpoint",
+        ("--against", "a/nowhere.ckpt"): "--against a/nowhere.ckpt: there is no such file",
     }.items():
         with pytest.raises((ValueError, OSError), match=message):
             judged(trained, tmp_path, *arguments)

@@ -98,6 +98,13 @@ def test_what_prefers_by_length_alone_gets_one_half() -> None:
     assert "what was learned may be length alone" in said
 
 
+def test_pairs_whose_lengths_decide_all_are_told() -> None:
+    said = held_out_text(held_out_metrics(table(np.ones(30), np.full(30, 3.0), np.full(30, 9.0)), QUICK))
+    assert "cannot be told from that of preferring the shorter response (1.000)" in said
+    assert "Lengths cannot be controlled: in every pair the chosen response is the shorter one." in said
+    assert "nan" not in said
+
+
 def test_an_accuracy_that_may_be_chance_is_told_to_be() -> None:
     accuracy = np.array([1.0] * 51 + [0.0] * 39)  # 0.567 of 90 pairs
     found = held_out_metrics(table(accuracy, np.full(90, 9.0), np.full(90, 9.0)), QUICK)
@@ -114,6 +121,14 @@ def test_groups_and_pairs_that_all_agree() -> None:
     low, high = named["group", "a"].metrics[ACCURACY][1:]
     assert (round(low, 2), high) == (0.72, pytest.approx(1.0)), "a bootstrap of equal values would claim no error"
     assert len(found.to_dict()["groups"]) == len(found.groups)
+
+
+def test_what_cannot_be_compared_has_no_p_value() -> None:
+    longer = table(np.ones(30), np.full(30, 9.0), np.full(30, 3.0))
+    found = compared(longer, longer, QUICK)
+    assert np.isnan(found[CONTROLLED].p_value)
+    row = next(line for line in comparison_text("a", "b", found, 0.95).splitlines() if "lengths controlled" in line)
+    assert row.split()[-4:] == ["-", "-", "-", "-"]
 
 
 def test_two_models() -> None:

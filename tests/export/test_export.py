@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_dpo.cli.app import main
+from lit_dpo.evaluation.trained import find_trained
 from lit_dpo.export import run
+from lit_dpo.export.card import run_facts
 from lit_dpo.export.check import Agreement, Spec
 from lit_dpo.export.hub import push_folder
 from lit_dpo.export.serving import vllm_options
 from lit_dpo.export.verify import compare, load
+from lit_dpo.policy.adapters import save_adapter
 from tests.export.upload_server import serve_uploads
-from tests.tiny import made_up_rows, write_jsonl
+from tests.tiny import made_up_rows, tiny_policy, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 CHECKPOINT = "version_0/checkpoints/last.ckpt"
@@ -145,12 +149,24 @@ def test_the_model_card(trained: Path, tmp_path: Path) -> None:
     assert "| reward accuracy | 0.5000 |" in card.text
     assert "It was not compared with the trained policy" in card.text
     assert card.text.count("[to fill in") == 4
-    assert str(trained) not in card.content, "no folder of this machine"
+    for text in (card.content, (folder / "export.json").read_text()):
+        assert str(trained) not in text, "no folder of this machine"
+        assert str(trained.parents[1]) not in text
+    best = next((trained / "version_0/checkpoints").glob("best-*.ckpt"))
+    found = find_trained(str(best), None)
+    assert run_facts(replace(found, step=1)).keys().isdisjoint({"after", "seconds"}), "of the last step alone"
+
+
+def test_the_card_of_an_adapter_tells_its_own_rank(tiny_base: str, tmp_path: Path) -> None:
+    policy = tiny_policy(tiny_base)
+    save_adapter(policy.model, tiny_tokenizer(), tmp_path / "adapter")
+    main(
+        ["export", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--quantization", "null"]
+    )
+    assert "LoRA of rank 4, alpha 8" in (tmp_path / "out/README.md").read_text()
 
 
 def test_no_password_of_an_address_is_written(trained: Path, tmp_path: Path) -> None:
-    from lit_dpo.evaluation.trained import find_trained
-
     found = find_trained(str(trained / CHECKPOINT), None)
     found.data["source"] = "s3://me:hidden@host/pairs.jsonl"
     run.export_model(found, tmp_path / "out", run.Export(num_pairs=0), progress_bar=False)
@@ -168,6 +184,9 @@ def test_wrong_arguments(trained: Path, tiny_base: str, tmp_path: Path) -> None:
         ("--ckpt_path", "nowhere"): "there is no such file",
         ("--ckpt_path", checkpoint, "--base", "x"): "are for an adapter",
         ("--ckpt_path", checkpoint, "--dtype", "float16", "--format", "gguf"): "Choose --gguf_type",
+        ("--ckpt_path", checkpoint, "--dtype", "float16"): "give --merge too",
+        ("--ckpt_path", checkpoint, "--gguf_type", "q8_0"): "needs --format gguf",
+        ("--ckpt_path", checkpoint, "--push_to_hub", "a/b/c"): "--push_to_hub a/b/c: ",
         ("--adapter", tiny_base): "is a whole model",
         ("--adapter", str(tmp_path)): "is no adapter: it has no adapter_config.json",
         ("--adapter", checkpoint): "is a file. Give a checkpoint as --ckpt_path",
@@ -182,16 +201,11 @@ def test_wrong_arguments(trained: Path, tiny_base: str, tmp_path: Path) -> None:
 
 
 def test_vllm() -> None:
-    assert vllm_options(LoraConfig(r=12, base_model_name_or_path="a/b")) == ("--enable-lora --max-lora-rank 16", [])
-    given: dict[str, Any] = {
-        "r": 8,
-        "rank_pattern": {"q": 600},
-        "use_dora": True,
-        "bias": "all",
-        "modules_to_save": ["x"],
-    }
-    _, reasons = vllm_options(LoraConfig(**given, base_model_name_or_path="./gone"))
-    assert len(reasons) == 5
+    assert vllm_options(LoraConfig(r=12), "a/b", None) == ("--enable-lora --max-lora-rank 16", [])
+    assert vllm_options(LoraConfig(r=8), "a/b", "nf4")[0].endswith("--quantization bitsandbytes")
+    given: dict[str, Any] = {"r": 600, "rank_pattern": {"q": 8}, "use_dora": True, "modules_to_save": ["x"]}
+    _, reasons = vllm_options(LoraConfig(**given, bias="all"), "./gone", BitsAndBytesConfig(load_in_8bit=True))
+    assert len(reasons) == 7
 
 
 def test_sending_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +222,8 @@ def test_sending_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Mon
         assert push_folder(folder, "team/model") == f"{server.endpoint}/team/model"
         assert {asked["visibility"] for asked in server.created} == {"private"}
     assert (tmp_path / "hub/team/model/weights").read_bytes() == b"0123"
+    with pytest.raises(OSError, match="To send it again"):  # nothing listens there any more
+        push_folder(folder, "team/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="--push_to_hub team/model: .*offline"):
         push_folder(folder, "team/model")
