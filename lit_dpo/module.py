@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +42,7 @@ class DPOModule(LightningModule):
         base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for an installed Python package.
         objective: The preference loss. The default is ``Sigmoid``, the loss of the DPO paper, with β = 0.1.
         quantization: ``nf4`` (4 bits, as in QLoRA), a ``BitsAndBytesConfig`` of transformers, or null for none.
-        lora: PEFT's ``LoraConfig`` for the adapters. The default is rank 16 on all linear layers except the head.
+        lora: PEFT's ``LoraConfig``. ``auto`` is rank 16 on all linear layers but the head; null trains all weights.
         adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is then the reference.
         optimizer: Any torch optimizer. The default is AdamW with learning rate 5e-5 and no weight decay.
         lr_scheduler: Learning-rate schedule after warm-up, by its name in transformers.
@@ -81,7 +81,7 @@ class DPOModule(LightningModule):
         base: str,
         objective: Objective | None = None,
         quantization: Quantization = "nf4",
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | Literal["auto"] | None = "auto",
         adapter: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=0.0),
         lr_scheduler: LRSchedule = "linear",
@@ -103,10 +103,11 @@ class DPOModule(LightningModule):
         self.base = base
         self.repository = {"gguf_file": gguf_file, "revision": revision, "trust_remote_code": trust_remote_code}
         self.objective = Sigmoid() if objective is None else objective
-        self.quantization, self.lora, self.adapter = quantization, choose_lora(lora, adapter), adapter
+        self.quantization, self.adapter = quantization, adapter
+        self.lora = choose_lora(lora, adapter, quantized=quantization is not None)
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.reference_choice: ReferenceChoice = reference
-        check_choice(reference, self.objective)
+        check_choice(reference, self.objective, moves=self.lora is not None)
         self.layout, self.gradient_checkpointing, self.compilation = layout, gradient_checkpointing, compile
         self.on_nonfinite, self.token_metrics, self.allow_mismatch = on_nonfinite, token_metrics, allow_mismatch
         self.train_metrics, self.eval_metrics = PreferenceMetrics(), PreferenceMetrics()
@@ -195,8 +196,8 @@ class DPOModule(LightningModule):
         return load_tokenizer(self.base, **self.repository)
 
     @property
-    def model(self) -> PeftModel:
-        """The PEFT model inside the policy."""
+    def model(self) -> Any:
+        """The PEFT model inside the policy, or the ``FullModel``."""
         return self.policy.model
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------

@@ -46,12 +46,12 @@ class Cost:
     hours: dict[str, float]  # of an epoch and the reference pass, by card on which it fits
 
 
-def model_size(base: str, lora: LoraConfig, *, trust_remote_code: bool = False, **repository: Any) -> ModelSize:
+def model_size(base: str, lora: LoraConfig | None, *, trust_remote_code: bool = False, **repository: Any) -> ModelSize:
     """Counts a model's parameters. No weights are loaded.
 
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
-        lora: Configuration of the adapters.
+        lora: Configuration of the adapters; None if all weights train.
         trust_remote_code: Whether to run model code that comes with the repository.
         repository: ``gguf_file`` and ``revision`` of the hub repository.
 
@@ -72,7 +72,7 @@ def model_size(base: str, lora: LoraConfig, *, trust_remote_code: bool = False, 
             module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
         )
         total = sum(parameter.numel() for parameter in model.parameters())
-        trained, _ = get_peft_model(model, lora).get_nb_trainable_parameters()
+        trained = total if lora is None else get_peft_model(model, lora).get_nb_trainable_parameters()[0]
     return ModelSize(linear, total - linear, trained, config.num_hidden_layers, config.hidden_size)
 
 
@@ -97,11 +97,14 @@ def cost_of(
     """
     tokens = round(float((num_tokens * weights).sum()))
     forward = 2.0 * size.linear
-    # A frozen weight costs a product in the forward pass, one for the gradient of its input, and one to recompute.
-    operations = 3 * forward * tokens
+    # A frozen weight costs a product in the forward pass, one for the gradient of its input, and one to recompute. A
+    # trained one costs another, for its own gradient.
+    all_train = size.trained == size.linear + size.other
+    operations = (4 if all_train else 3) * forward * tokens
     reference_operations = forward * int(num_tokens.sum()) if reference else 0.0
     longest = int(np.sort(num_tokens)[-batch_size:].sum())
-    model = size.linear * (NF4_BYTES if quantized else 2) + size.other * 2 + size.trained * ADAM_BYTES
+    frozen = 0.0 if all_train else size.linear * (NF4_BYTES if quantized else 2) + size.other * 2
+    model = frozen + size.trained * ADAM_BYTES
     layer = longest * size.hidden * 2 * LAYER_VALUES
     inputs = longest * size.hidden * 2 * size.layers
     memory, without = model + inputs + layer, model + layer * size.layers

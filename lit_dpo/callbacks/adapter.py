@@ -5,12 +5,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_dpo.policy.adapters import save_adapter
+from lit_dpo.policy.full import FullModel
 from lit_dpo.training.interruption import is_interruption
 from lit_dpo.training.run_dir import run_dir
+
+MODEL = "model"  # folder of a model of which all weights train
 
 
 class AdapterExport(Callback):
     """Saves adapter, tokenizer and chat template at the end of training, and when Ctrl-C or SIGTERM ends it.
+
+    If all weights train, it saves the whole model, in bfloat16, into the folder ``model``.
 
     Args:
         dirname: Name of the adapter's folder inside the run's folder.
@@ -40,6 +45,10 @@ class AdapterExport(Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = run_dir(trainer) / self.dirname
-        if trainer.is_global_zero:
-            save_adapter(pl_module.model, pl_module.tokenizer, folder)
+        folder = run_dir(trainer)
+        if not trainer.is_global_zero:
+            return
+        if isinstance(pl_module.model, FullModel):
+            pl_module.model.save(pl_module.tokenizer, folder / MODEL)
+        else:
+            save_adapter(pl_module.model, pl_module.tokenizer, folder / self.dirname)

@@ -66,6 +66,7 @@ class HeldOutAnswers(Callback):
             if not self._base:
                 with pl_module.policy.initial():
                     self._base = self._answer(pl_module)
+                pl_module.policy.release_initial()
             found = self._base if trainer.global_step == 0 else self._answer(pl_module)
             restore_random_state(state)
             if trainer.is_global_zero:

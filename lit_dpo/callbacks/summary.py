@@ -18,6 +18,7 @@ from lit_dpo.training.throughput import peak_memory
 ROWS = ("val/loss", "val/rewards/accuracies", "val/rewards/margins", "val/logps/chosen", "val/logps/rejected")
 FILES = {
     "adapter": "the aligned adapter, for peft.AutoPeftModelForCausalLM",
+    "model": "the aligned model, for transformers.AutoModelForCausalLM",
     "checkpoints": "last.ckpt to resume from, and the best by val/loss",
     "config.yaml": "the whole configuration",
     "metrics.csv": "every logged number",

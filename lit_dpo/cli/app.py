@@ -188,8 +188,6 @@ class DPOCLI(LightningCLI):
         for key, kind in (("model", self._model_class), ("data", self._datamodule_class)):
             if isinstance(kind, type):
                 check_nulls(key, kind, config[key])
-        if "lora" in config.model and config.model.lora is None and config.model.adapter is None:
-            raise ValueError("model.lora=null: training all weights is not supported. Leave model.lora out.")
         follows = last_given(self._args, str(self.subcommand), "data.seed") is None
         if type(config.seed_everything) is int and follows and "seed" in config.data:
             config.data.seed = config.seed_everything

@@ -65,7 +65,7 @@ def model_card(
     hub_base = base if _is_hub_id(base) and not Path(base).exists() else None
     sources = [source for source in _sources(trained) if _is_hub_id(source) and not Path(source).exists()]
     licenses = [_license_of(base_of(trained), "model"), *(_license_of(source, "dataset") for source in sources)]
-    adapter = export.merged_into is None
+    adapter = exported.alone
     library = "peft" if adapter else "transformers"
     data = ModelCardData(
         base_model=hub_base,
@@ -82,7 +82,7 @@ def model_card(
         template_path=str(Path(__file__).with_name("card.md")),
         title=title,
         summary=summary,
-        loading=_loading(trained, export, title, folder),
+        loading=_loading(trained, export, exported, title, folder),
         training=_training(trained, facts, exported.lora),
         data=_data(trained, facts),
         metrics=_metrics(facts),
@@ -122,7 +122,7 @@ def _license_of(name: str, kind: str) -> str | None:
     return str(found) if found else None
 
 
-def _training(trained: Trained, facts: dict[str, Any], lora: LoraConfig) -> list[tuple[str, str]]:
+def _training(trained: Trained, facts: dict[str, Any], lora: LoraConfig | None) -> list[tuple[str, str]]:
     """Names and values of what the training was."""
     arguments, module = trained.arguments, trained.module
     rows = [("base", f"{_shown_base(module.base)}, {_quantization(module.quantization)}")]
@@ -133,9 +133,12 @@ def _training(trained: Trained, facts: dict[str, Any], lora: LoraConfig) -> list
         )
         rows.append(("objective", f"{objective['class_path'].rpartition('.')[2]} ({given})"))
         rows.append(("source of the objective", _reference(objective["class_path"])))
-    kind = "DoRA" if lora.use_dora else "LoRA"
-    others = " (other ranks for some layers)" if lora.rank_pattern else ""
-    rows.append(("adapters", f"{kind} of rank {lora.r}{others}, alpha {lora.lora_alpha}"))
+    if lora is None:
+        rows.append(("trained", "all weights, in float32"))
+    else:
+        kind = "DoRA" if lora.use_dora else "LoRA"
+        others = " (other ranks for some layers)" if lora.rank_pattern else ""
+        rows.append(("adapters", f"{kind} of rank {lora.r}{others}, alpha {lora.lora_alpha}"))
     optimizer = arguments.get("optimizer")
     if optimizer:
         settings = {key: optimizer.get("init_args", {}).get(key) for key in ("lr", "weight_decay", "betas")}
@@ -213,6 +216,8 @@ def _cell(value: float | None, bounds: list[float] | None) -> str:
 def _told_of_check(export: "Export", exported: "Exported") -> str:
     kind = {None: "The adapter alone.", "dequantized": "The adapter is merged into the weights that it was trained on."}
     told = kind.get(export.merged_into, "The adapter is merged into the original weights of the base.")
+    if exported.lora is None:
+        told = "The whole model: all weights were trained."
     if export.format == "gguf":
         told += f" The file is in GGUF's format, with matrices in {export.gguf_type}."
     agreement = exported.agreement
@@ -222,11 +227,11 @@ def _told_of_check(export: "Export", exported: "Exported") -> str:
     return f"{told} A fresh process compared it with the trained policy on {where}: {agreement}."
 
 
-def _loading(trained: Trained, export: "Export", title: str, folder: Path) -> str:
+def _loading(trained: Trained, export: "Export", exported: "Exported", title: str, folder: Path) -> str:
     """How to load the export, as code."""
     if export.format == "gguf":
         return f"```bash\nllama-cli -m model-{export.gguf_type}.gguf\n```"
-    if export.merged_into is not None:
+    if not exported.alone:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",

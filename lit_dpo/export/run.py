@@ -58,8 +58,6 @@ class Export:
             raise ValueError("--dtype is of --format safetensors. Choose --gguf_type.")
         if self.format != "gguf" and self.gguf_type != "f16":
             raise ValueError(f"--gguf_type {self.gguf_type} needs --format gguf.")
-        if self.merged_into is None and self.dtype != "auto":
-            raise ValueError(f"--dtype {self.dtype} is of a merged model: give --merge too. Adapters are in float32.")
 
     @property
     def merged_into(self) -> Merge | None:
@@ -72,7 +70,8 @@ class Exported:
     """What was exported."""
 
     folder: Path
-    lora: LoraConfig  # configuration of the adapter
+    lora: LoraConfig | None  # configuration of the adapter; None if all weights were trained
+    alone: bool  # whether it is the adapter without its base
     agreement: Agreement | None  # None if it was not checked
     checked_on: str  # where the pairs of the check came from
     vllm: str = ""  # how vLLM loads an adapter, or why not; empty for a merged model
@@ -107,33 +106,37 @@ def export_model(
         output.rmdir()
     if output.exists():
         raise FileExistsError(f"--output {output} exists. Choose another folder, or remove it.")
-    base, repository = base_of(trained), trained.module.repository
-    options = {"revision": repository["revision"], "trust_remote_code": repository["trust_remote_code"]}
+    whole = trained.module.lora is None
+    alone = export.merged_into is None and not whole
+    if whole and export.merge is not None:
+        raise ValueError("--merge is for adapters: all weights of this model were trained.")
+    if alone and export.dtype != "auto":
+        raise ValueError(f"--dtype {export.dtype} is of a merged model: give --merge too. Adapters are in float32.")
+    base = base_of(trained)
+    options = {name: trained.module.repository[name] for name in ("revision", "trust_remote_code")}
     if export.format == "gguf":
         check_architecture(AutoConfig.from_pretrained(base, **options))
     output.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(output) as folder:
-        adapter = folder if export.merged_into is None else folder / "adapter"
-        write_adapter(trained, adapter, with_base=export.merged_into is None)
-        lora: Any = PeftConfig.from_pretrained(str(adapter))
         spec: dict[str, Any] = {"folder": str(folder), "trust_remote_code": options["trust_remote_code"]}
+        vllm, local, lora = "", "", None
         quantization = _quantization(trained) if export.merged_into != "original" else None
-        if export.merged_into is None:
+        dtype = torch.float16 if export.format == "gguf" else _dtype(export.dtype)
+        if whole:
+            trained.load_once().model.save(trained.tokenizer, folder, dtype)
+        elif alone:
+            write_adapter(trained, folder)
+            lora = PeftConfig.from_pretrained(str(folder))
             spec |= {"base": base, "revision": options["revision"]}
             spec |= {"quantization": None if quantization is None else quantization.to_dict()}
             vllm = _told_of_vllm(lora, folder, trained.module.quantization)
             local = lora.base_model_name_or_path if Path(lora.base_model_name_or_path).exists() else ""
         else:
-            vllm, local = "", ""
-            dtype = torch.float16 if export.format == "gguf" else _dtype(export.dtype)
-            copies = 2 if export.format == "gguf" else 1
-            how: dict[str, Any] = {
-                "copies": copies,
-                "quantization": quantization,
-                "dtype": dtype,
-                "progress_bar": progress_bar,
-            }
-            write_merged(adapter, base, folder, **how, **options)
+            adapter = folder / "adapter"
+            write_adapter(trained, adapter, with_base=False)
+            lora = PeftConfig.from_pretrained(str(adapter))
+            how: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "progress_bar": progress_bar}
+            write_merged(adapter, base, folder, copies=2 if export.format == "gguf" else 1, **how, **options)
             shutil.rmtree(adapter)
             trained.tokenizer.save_pretrained(folder)
         if export.format == "gguf":
@@ -143,7 +146,7 @@ def export_model(
         told = shorten_paths({"model": trained.arguments, "data": trained.data, "run": run_facts(trained)})
         remove_secrets(told)
         write_json(folder / FACTS, told)
-        exported = Exported(output, lora, agreement, where, vllm, local)
+        exported = Exported(output, lora, alone, agreement, where, vllm, local)
         public = replace(trained, arguments=told["model"], data=told["data"])
         card = model_card(public, told["run"], export, exported, folder, title or output.name)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -28,16 +28,21 @@ def trained_counterpart(name: str) -> str:
     return ".".join(TRAINED_ADAPTER if part == MOVING_ADAPTER else part for part in name.split("."))
 
 
-def choose_lora(lora: LoraConfig | None, adapter: str | None) -> LoraConfig:
-    """The adapters' configuration: ``lora`` if it is given, else ``LORA``.
+def choose_lora(lora: LoraConfig | Literal["auto"] | None, adapter: str | None, quantized: bool) -> LoraConfig | None:
+    """The adapters' configuration: ``LORA`` for ``auto``; None if all weights train.
 
     Raises:
-        ValueError: If ``adapter`` is given with a ``lora`` other than the default: it has its own configuration.
+        ValueError: If ``adapter`` is given with a ``lora`` other than the default: it has its own configuration. Or if
+            all weights are to train and the base is quantized.
     """
     default = LoraConfig(**LORA)
-    if adapter is not None and lora is not None and lora.to_dict() != default.to_dict():
+    if adapter is not None and (lora is None or (lora != "auto" and lora.to_dict() != default.to_dict())):
         raise ValueError("model.adapter has its own LoRA configuration: leave model.lora out.")
-    return default if lora is None else lora
+    if lora is None and quantized:
+        raise ValueError(
+            "model.lora=null trains all weights, and quantized ones do not train. Set model.quantization=null."
+        )
+    return default if lora == "auto" else lora
 
 
 def check_lora(lora: LoraConfig) -> None:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lit_dpo.policy.full import FullModel
 from lit_dpo.policy.lora import gated_product
 
 Switch: TypeAlias = bool | Literal["auto"]
@@ -30,7 +31,7 @@ class Recomputation:
         mode: True recomputes always, False never, and ``auto`` if a batch's activations would not fit into free memory.
     """
 
-    def __init__(self, model: PeftModel, mode: Switch) -> None:
+    def __init__(self, model: PeftModel | FullModel, mode: Switch) -> None:
         self.mode = mode
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._bytes_per_token: float | None = None
@@ -84,7 +85,7 @@ def can_compile_on_cpu() -> bool:
     return shutil.which("g++") is not None and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
-def compile_layers(model: PeftModel) -> None:
+def compile_layers(model: PeftModel | FullModel) -> None:
     """Compiles the layers for batches of any length. Fuses elementwise operations, not products and attention."""
     # Rounds where eager execution rounds. Otherwise a forward pass with gradients would differ from one without, and in
     # bfloat16 the policy would not equal the reference at the start.

@@ -1,10 +1,10 @@
-"""A base model's name ──► a PEFT model ready to train: base weights, quantization, adapters, fused layers."""
+"""A base model's name ──► a model ready to train: base weights, quantization, adapters, fused layers."""
 
 import os
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig, PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lit_dpo.base.names import BaseModelError, resolve_base
 from lit_dpo.files.console import library_bars
 from lit_dpo.policy.adapters import TRAINED_ADAPTER, add_adapters, disable_dropout
+from lit_dpo.policy.full import BYTES, FullModel
 from lit_dpo.policy.lora import fuse_adapters
 from lit_dpo.policy.precision import disable_repacking, keep_residuals_in_float32
-from lit_dpo.policy.sharding import shard_base
+from lit_dpo.policy.sharding import base_digest, shard_base, weights_digest
 
 ALLOW_PICKLE = "LIT_DPO_ALLOW_PICKLE"
 
@@ -23,7 +24,7 @@ def load_policy(
     base: str,
     *,
     quantization: BitsAndBytesConfig | None,
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     adapter: str | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -33,13 +34,13 @@ def load_policy(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> PeftModel:
+) -> PeftModel | FullModel:
     """Loads the base and adds adapters to it. Returns it in training mode, with the base's own dropout switched off.
 
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
         quantization: Configuration of 4-bit or 8-bit quantization; None for no quantization.
-        lora: Configuration of new adapters; unused if ``adapter`` is given.
+        lora: Configuration of new adapters; unused if ``adapter`` is given. None for none: all weights train, float32.
         adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is loaded as ``reference``.
         dtype: Type of all base weights that are not quantized.
         device: Device to load the model to.
@@ -59,19 +60,23 @@ def load_policy(
             "trainer.strategy=sharded does not split 8-bit weights. Use model.quantization=nf4 or null, or "
             "trainer.strategy=ddp."
         )
+    if mesh is not None and lora is None:
+        raise ValueError(
+            "trainer.strategy=sharded splits a frozen base. With model.lora=null, use trainer.strategy=ddp."
+        )
     name = resolve_base(base, gguf_file, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    try:
+    options |= {"trust_remote_code": trust_remote_code}
+    options |= {"use_safetensors": None if os.environ.get(ALLOW_PICKLE) == "1" else True}
+
+    def read(dtype: torch.dtype, place: Any) -> Any:
         with library_bars(progress_bar, "transformers"):
-            model = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                quantization_config=quantization,
-                device_map={"": device if mesh is None else "cpu"},
-                trust_remote_code=trust_remote_code,
-                use_safetensors=None if os.environ.get(ALLOW_PICKLE) == "1" else True,
-                **options,
+            return AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, quantization_config=quantization, device_map={"": place}, **options
             )
+
+    try:
+        model = read(torch.float32 if lora is None else dtype, device if mesh is None else "cpu")
     except OSError as error:
         if "safetensors" in str(error):
             raise ValueError(
@@ -85,6 +90,16 @@ def load_policy(
     disable_dropout(model)
     disable_repacking(model)
     keep_residuals_in_float32(model)
+    if lora is None:
+        full = FullModel(model, lambda place: dict(read(torch.float32, place).named_parameters()))
+        full.whole_digest = weights_digest(full)  # of the initial weights
+        full.whole_base_digest = base_digest(full)
+        number = full.get_nb_trainable_parameters()[0]
+        rank_zero_info(
+            f"All {number / 1e6:,.0f} M weights train: {number * BYTES / 1e9:.1f} GB for weights, gradients and the "
+            "moments of AdamW, besides activations. A live reference takes a quarter of that more."
+        )
+        return full.train()
     model.requires_grad_(False)
     peft_model = add_adapters(model, name, lora, adapter, moving)
     peft_model.peft_config[TRAINED_ADAPTER].base_model_name_or_path = name

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from lit_dpo.objectives import PairLogps
 from lit_dpo.policy.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER
 from lit_dpo.policy.attention import NAME, AttentionLayout, UnsupportedAttentionError
 from lit_dpo.policy.execution import Recomputation, Switch, compile_layers
+from lit_dpo.policy.full import FullModel
 from lit_dpo.policy.logprobs import TokenLogps, gather_logps, token_logps
 from lit_dpo.policy.precision import float16_autocast
 from lit_dpo.policy.sharding import is_sharded, num_parameters
@@ -24,10 +25,10 @@ Layout: TypeAlias = Literal["auto", "flat", "padded"]
 
 
 class Policy(nn.Module):
-    """A language model with adapters.
+    """A language model with adapters, or one of which all weights train.
 
     Args:
-        model: The PEFT model.
+        model: The PEFT model, or a ``FullModel``.
         layout: ``flat`` computes each prompt once, without padding. ``padded`` computes each response in a row of its
             own, through the model's own forward. ``auto`` is ``flat`` if both give the same log-probs on a few tokens,
             else ``padded``, with a warning.
@@ -39,16 +40,22 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: PeftModel, layout: Layout = "auto", recompute: Switch = "auto", statistics: bool = False
+        self,
+        model: PeftModel | FullModel,
+        layout: Layout = "auto",
+        recompute: Switch = "auto",
+        statistics: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.statistics = model, statistics
+        self.model: Any = model
+        self.statistics = statistics
         self.recomputation = Recomputation(model, recompute)
         self.compiled, self.sharded = False, is_sharded(model)
         self.flat = layout != "padded"
         if not self.flat:
             return
-        with model.disable_adapter(), float16_autocast(model):  # the adapters' dropout would make two passes differ
+        adapters_off = nullcontext() if isinstance(model, FullModel) else model.disable_adapter()
+        with adapters_off, float16_autocast(model):  # the adapters' dropout would make two passes differ
             reason = self._why_not_flat()
         if reason and layout == "flat":
             raise ValueError(f"model.layout=flat does not work for this model: {reason}. Use model.layout=padded.")
@@ -88,9 +95,17 @@ class Policy(nn.Module):
 
     @contextmanager
     def initial(self) -> Iterator[None]:
-        """Within this context the model is the initial policy: adapters off, or a frozen copy of the first adapter."""
+        """Within this context the model is the initial policy.
+
+        That is: adapters off, or a frozen copy of the first adapter, or the initial weights.
+        """
         with self.frozen(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
             yield
+
+    def release_initial(self) -> None:
+        """Frees the initial weights, if they are a copy."""
+        if isinstance(self.model, FullModel):
+            self.model.forget_initial()
 
     @contextmanager
     def frozen(self, adapter: str | None) -> Iterator[None]:

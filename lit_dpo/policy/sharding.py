@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_dpo.policy.adapters import TRAINED_ADAPTER, belongs_to
+from lit_dpo.policy.full import FullModel
 from lit_dpo.policy.precision import is_linear4bit
 
 
@@ -75,14 +76,14 @@ def sharded_names(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if is_part(parameter)]
 
 
-def num_parameters(model: PeftModel) -> tuple[int, int]:
+def num_parameters(model: PeftModel | FullModel) -> tuple[int, int]:
     """The numbers of trained and of all parameters. Packed 4-bit weights count as what they stand for."""
     trained, total = getattr(model, "whole_size", None) or model.get_nb_trainable_parameters()
     return int(trained), int(total)
 
 
 @torch.no_grad()
-def base_digest(model: PeftModel) -> str:
+def base_digest(model: PeftModel | FullModel) -> str:
     """A quick digest of a base: type and shape of each weight, and its first and last numbers.
 
     Numbers count in bfloat16, so that a base loaded in another type is the same.
@@ -102,7 +103,7 @@ def base_digest(model: PeftModel) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(model: PeftModel) -> str:
+def weights_digest(model: PeftModel | FullModel) -> str:
     """Digest of all weights but the trained adapters, with the state of their quantization."""
     known = getattr(model, "whole_digest", None)
     if known is not None:

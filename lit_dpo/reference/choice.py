@@ -17,12 +17,20 @@ from lit_dpo.reference.moving import MovingReference
 ReferenceChoice: TypeAlias = Literal["auto", "cached", "live", "none"] | AnotherModel | MovingReference
 
 
-def check_choice(choice: ReferenceChoice, objective: Objective) -> None:
-    """Refuses ``none`` for an objective that needs a reference.
+def check_choice(choice: ReferenceChoice, objective: Objective, moves: bool = True) -> None:
+    """Refuses ``none`` for an objective that needs a reference, and a moving copy of all weights.
+
+    Args:
+        choice: The setting ``model.reference``.
+        objective: The objective.
+        moves: Whether a copy that follows the policy can be made: one of adapters.
 
     Raises:
-        ValueError: If the objective needs a reference. The message names objectives that need none.
+        ValueError: If the objective needs a reference. The message names objectives that need none. Or if there are no
+            adapters that a moving copy could be made of.
     """
+    if isinstance(choice, MovingReference) and not moves:
+        raise ValueError("model.reference=MovingReference follows adapters. With model.lora=null, use cached or live.")
     if choice == "none" and objective.uses_reference:
         raise ValueError(
             f"model.reference=none: {type(objective).__name__} needs a reference. Objectives without one are SimPO, "

@@ -18,7 +18,7 @@ FORMAT_VERSION = 1  # increase it when the log-probs of the same pair and model,
 
 
 class InitialPolicy(Reference):
-    """The policy as it was before training: adapters off, or a frozen copy of the adapter that training started from.
+    """The policy as it was before training: adapters off, a frozen copy of the first adapter, or the initial weights.
 
     Args:
         policy: The policy in training.
@@ -30,7 +30,8 @@ class InitialPolicy(Reference):
         self.policy = policy
 
     def release(self) -> None:
-        """Called when all log-probs are on disk, to free memory. Does nothing here: the policy is in training."""
+        """Called when all log-probs are on disk, to free memory: the initial weights, if they are a copy."""
+        self.policy.release_initial()
 
     def keep_in_step(self, num_batches: int) -> None:
         """Called for batches that other processes compute and this one does not."""

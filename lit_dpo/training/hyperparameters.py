@@ -76,7 +76,7 @@ def plain_hyperparameters(module: Any, quantization: Any) -> dict[str, Any]:
         "reference": without_trust(_plain_object(module.reference_choice)),
         "compile": module.compilation,
         "objective": _plain_object(module.objective),
-        "lora": _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
+        "lora": None if module.lora is None else _plain_fields(module.lora, LoraConfig(), always=tuple(LORA)),
         "quantization": _plain_object(quantization),
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
     }
