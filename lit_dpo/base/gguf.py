@@ -36,6 +36,7 @@ def convert(gguf: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer.eos_token = _eos_token(gguf)  # some releases of transformers take the token that begins a turn
+            card = _card(gguf)
         # The weights are dequantized now. The GGUF mark in the config would forbid another quantization.
         if hasattr(model.config, "quantization_config"):  # transformers 5.0 sets no mark
             del model.config.quantization_config
@@ -43,7 +44,7 @@ def convert(gguf: Path) -> Path:
         model.is_quantized = False  # type: ignore[assignment]
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_card(gguf), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
         try:
             partial.rename(folder)
         except OSError:  # another process was faster

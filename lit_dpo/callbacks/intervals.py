@@ -53,8 +53,11 @@ class HeldOutIntervals(Callback):
         """Adds a batch."""
         self._collector.add(pl_module, batch)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes the report, prints it and writes it."""
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the report, prints it and writes it.
+
+        Collective, so it comes after ``KeepInStep`` has made up for batches that this process does not have.
+        """
         folder = run_dir(trainer)
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         table = self._collector.finish(trainer, pairs)

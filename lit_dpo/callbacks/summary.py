@@ -79,15 +79,15 @@ class RunSummary(Callback):
         """Adds a batch to the table."""
         self._collector.add(pl_module, batch)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the table, for the intervals at the end."""
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the held-out metrics and the table.
+
+        Collective, so it comes after ``KeepInStep`` has made up for batches that this process does not have.
+        """
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         self._table = self._collector.finish(trainer, pairs)
         if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
             self.intervals_before = {} if self._table is None else _intervals(self._table)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the held-out metrics."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         if not trainer.sanity_checking:
             self.after = values

@@ -40,7 +40,8 @@ def load_policy(
     Args:
         base: Hub id, local folder, GGUF file or ``package:NAME``.
         quantization: Configuration of 4-bit or 8-bit quantization; None for no quantization.
-        lora: Configuration of new adapters; unused if ``adapter`` is given. None for none: all weights train, float32.
+        lora: Configuration of new adapters; unused if ``adapter`` is given. If both are None, all weights train, in
+            float32.
         adapter: Folder or hub id of an adapter to continue training. A frozen copy of it is loaded as ``reference``.
         dtype: Type of all base weights that are not quantized.
         device: Device to load the model to.
@@ -60,7 +61,8 @@ def load_policy(
             "trainer.strategy=sharded does not split 8-bit weights. Use model.quantization=nf4 or null, or "
             "trainer.strategy=ddp."
         )
-    if mesh is not None and lora is None:
+    all_train = lora is None and adapter is None
+    if mesh is not None and all_train:
         raise ValueError(
             "trainer.strategy=sharded splits a frozen base. With model.lora=null, use trainer.strategy=ddp."
         )
@@ -76,7 +78,7 @@ def load_policy(
             )
 
     try:
-        model = read(torch.float32 if lora is None else dtype, device if mesh is None else "cpu")
+        model = read(torch.float32 if all_train else dtype, device if mesh is None else "cpu")
     except OSError as error:
         if "safetensors" in str(error):
             raise ValueError(
@@ -90,7 +92,7 @@ def load_policy(
     disable_dropout(model)
     disable_repacking(model)
     keep_residuals_in_float32(model)
-    if lora is None:
+    if all_train:
         full = FullModel(model, lambda place: dict(read(torch.float32, place).named_parameters()))
         full.whole_digest = weights_digest(full)  # of the initial weights
         full.whole_base_digest = base_digest(full)
@@ -101,7 +103,7 @@ def load_policy(
         )
         return full.train()
     model.requires_grad_(False)
-    peft_model = add_adapters(model, name, lora, adapter, moving)
+    peft_model = add_adapters(model, name, lora or LoraConfig(), adapter, moving)
     peft_model.peft_config[TRAINED_ADAPTER].base_model_name_or_path = name
     peft_model.peft_config[TRAINED_ADAPTER].revision = revision
     fuse_adapters(peft_model)

@@ -719,7 +719,8 @@ def test_slurm_requeues_a_job_which_then_goes_on(tiny: list[str], monkeypatch: p
     assert last["global_step"] == (step // 4 + 2) * 4
     assert Path("runs/.slurm/17").read_text().endswith("runs/dpo/version_1/checkpoints/last.ckpt")
     first = min(row["step"] for row in metrics(Path("runs/dpo/version_1")) if "train/loss" in row)
-    assert first in (step, step + 1), "the steps before are not repeated"
+    ends_an_epoch = step % 4 == 0  # whose last row Lightning writes again
+    assert first in (step, step + 1, step - ends_an_epoch), "the steps before are not repeated"
 
 
 def test_ctrl_c_saves_and_goes_on_from_there(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
