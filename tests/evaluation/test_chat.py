@@ -10,20 +10,20 @@ import pytest
 from lit_dpo import PreferenceDataModule
 from lit_dpo.cli.app import main
 from lit_dpo.evaluation.chat import Conversation
-from tests.export.test_export import CHECKPOINT, trained  # noqa: F401
+from tests.conftest import CHECKPOINT
 from tests.tiny import tiny_policy, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
 
-def talk(trained: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:  # noqa: F811
+def talk(trained: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     options = ["--max_new_tokens", "6", "--temperature", "0", "--pairs", "pairs.jsonl"]
     main(["chat", "--ckpt_path", str(trained / CHECKPOINT), *options])
 
 
 def test_a_conversation(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tiny_base: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -62,7 +62,7 @@ def test_a_conversation(
 
 
 def test_commands_that_cannot_be(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

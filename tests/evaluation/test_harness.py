@@ -11,7 +11,7 @@ from lit_dpo.cli.app import main
 from lit_dpo.evaluation.harness import compared_samples, harness_text
 from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.trained import find_trained
-from tests.export.test_export import CHECKPOINT, trained  # noqa: F401
+from tests.conftest import CHECKPOINT
 from tests.tiny import write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -45,7 +45,7 @@ def test_differences_are_paired() -> None:
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_tasks_of_ones_own(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_tasks_of_ones_own(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"q": f"the cat {number}?", "choices": ["on a mat", "ran away"], "a": number % 2} for number in range(6)]
     (tmp_path / "cats.yaml").write_text(TASK.format(file=write_jsonl(tmp_path / "docs.jsonl", rows)))
     checkpoint, output = str(trained / CHECKPOINT), tmp_path / "table.json"

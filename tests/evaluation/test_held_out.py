@@ -9,7 +9,7 @@ import pytest
 
 from lit_dpo.cli.app import main
 from lit_dpo.evaluation.held_out import ACCURACY
-from tests.export.test_export import CHECKPOINT, trained  # noqa: F401
+from tests.conftest import CHECKPOINT
 from tests.tiny import made_up_rows, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -29,14 +29,14 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*options, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
-def report_of(trained: Path, *arguments: str) -> dict[str, Any]:  # noqa: F811
+def report_of(trained: Path, *arguments: str) -> dict[str, Any]:
     """The content of test.json."""
     main(["test", "--ckpt_path", str(trained / CHECKPOINT), *arguments])
     newest = max(Path().glob("runs/*/version_*/test.json"), key=lambda path: path.stat().st_mtime_ns)
     return dict(json.loads(newest.read_text()))
 
 
-def test_the_report(trained: Path, scored: list[str], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_report(trained: Path, scored: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = report_of(trained, *scored, "--data.group_by", "subset", "--run_name", "a")
     logged = pd.read_csv("runs/a/version_0/metrics.csv").iloc[-1]
     total = found["total"]
@@ -59,7 +59,7 @@ def test_the_report(trained: Path, scored: list[str], capsys: pytest.CaptureFixt
         assert said in printed
 
 
-def test_another_checkpoint(trained: Path, scored: list[str], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_another_checkpoint(trained: Path, scored: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     best = next((trained / "version_0/checkpoints").glob("best-*.ckpt"))
     found = report_of(trained, *scored, "--against", str(best))["against"]
     assert found["model"] == str(best)
@@ -67,7 +67,7 @@ def test_another_checkpoint(trained: Path, scored: list[str], capsys: pytest.Cap
     assert "may be chance (p = 1.000)" in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared_or_grouped(trained: Path, scored: list[str]) -> None:  # noqa: F811
+def test_what_cannot_be_compared_or_grouped(trained: Path, scored: list[str]) -> None:
     with pytest.raises(FileNotFoundError, match="--against nowhere: there is no such file"):
         report_of(trained, *scored, "--against", "nowhere")
     with pytest.raises(ValueError, match=r"data\.group_by=sub: .* The columns are chosen, prompt, .* subset"):
@@ -76,7 +76,7 @@ def test_what_cannot_be_compared_or_grouped(trained: Path, scored: list[str]) ->
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(trained: Path, scored: list[str]) -> None:  # noqa: F811
+def test_two_processes_report_what_one_does(trained: Path, scored: list[str]) -> None:
     one = report_of(trained, *scored, "--run_name", "one")
     two = report_of(trained, *scored, "--run_name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
     assert two["total"]["num_pairs"] == 24

@@ -13,8 +13,8 @@ from lit_dpo.evaluation.judges import Case, Endpoint, LanguageModel, RewardModel
 from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.winrate import Verdict, at_equal_length, win_rate
 from lit_dpo.files.store import Store
+from tests.conftest import CHECKPOINT
 from tests.evaluation.fake_endpoint import fake_endpoint
-from tests.export.test_export import CHECKPOINT, trained  # noqa: F401
 from tests.tiny import SIZES, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -22,7 +22,7 @@ CASE = Case("the cat?", [1], "on the mat and then it ran", "ran", [2], [3])
 TWIN = CASE._replace(first=CASE.second, second=CASE.first)
 
 
-def judged(trained: Path, folder: Path, *arguments: str) -> dict[str, object]:  # noqa: F811
+def judged(trained: Path, folder: Path, *arguments: str) -> dict[str, object]:
     """The content of judge.json."""
     short = ["--sampling.max_new_tokens", "6", "--progress_bar", "false", "--output", str(folder)]
     main(["judge", "--ckpt_path", str(trained / CHECKPOINT), "--held_out", "4", *short, *arguments])
@@ -30,7 +30,7 @@ def judged(trained: Path, folder: Path, *arguments: str) -> dict[str, object]:  
 
 
 def test_implicit_rewards_and_what_is_kept(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -45,14 +45,14 @@ def test_implicit_rewards_and_what_is_kept(
     assert judged(trained, tmp_path / "judge") == first
 
 
-def test_two_checkpoints(trained: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_checkpoints(trained: Path, tmp_path: Path) -> None:
     found = judged(trained, tmp_path, "--against", str(trained / "version_0/adapter"))
     assert found["ties"] == 4, "the adapter is the checkpoint's, so all answers are equal"
     assert found["consistency"] is None
 
 
 def test_an_endpoint(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -109,7 +109,7 @@ def test_a_language_model_and_a_reward_model(tiny_base: str, tmp_path: Path) -> 
         RewardModel(tiny_base)
 
 
-def test_wrong_arguments(trained: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_arguments(trained: Path, tmp_path: Path) -> None:
     for arguments, message in {
         ("--by", "endpoint"): "--judge_model names the judge of",
         ("--judge_model", "x"): "--judge_model names the judge of",

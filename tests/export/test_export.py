@@ -23,32 +23,11 @@ from lit_dpo.export.hub import push_folder
 from lit_dpo.export.serving import vllm_options
 from lit_dpo.export.verify import compare, load
 from lit_dpo.policy.adapters import save_adapter
+from tests.conftest import CHECKPOINT
 from tests.export.upload_server import serve_uploads
-from tests.tiny import made_up_rows, tiny_policy, tiny_tokenizer, write_jsonl
+from tests.tiny import tiny_policy, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
-CHECKPOINT = "version_0/checkpoints/last.ckpt"
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder ``runs/tiny`` of a short run."""
-    folder = tmp_path_factory.mktemp("run")
-    source = write_jsonl(folder / "pairs.jsonl", made_up_rows(20))
-    arguments = ["--model.base", tiny_base, "--data.source", source, "--data.val_size", "4", "--run_name", "tiny"]
-    arguments += ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "0.02", "--trainer.max_steps", "4"]
-    arguments += [
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.enable_progress_bar",
-        "false",
-        "--samples.num_prompts",
-        "0",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        main(["fit", *arguments])
-    return folder / "runs/tiny"
 
 
 @pytest.fixture(autouse=True)
