@@ -36,7 +36,7 @@ from lit_dpo.training.step import BatchRecord, OptimizerStep
 
 
 class DPOModule(LightningModule):
-    """Direct Preference Optimization of a quantized language model with LoRA adapters.
+    """Direct Preference Optimization of a language model: quantized with LoRA adapters, or all of its weights.
 
     Args:
         base: The model to align: hub id, local folder, GGUF file, or ``package:NAME`` for an installed Python package.
@@ -142,7 +142,7 @@ class DPOModule(LightningModule):
         return [dict(zip(names, (*origin, c, r, c - r), strict=True)) for origin, c, r in pairs]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds the optimizer of the adapters, and a learning-rate schedule with warm-up over the whole run."""
+        """Builds the optimizer of what trains, and a learning-rate schedule with warm-up over the whole run."""
         optimizer = build_optimizer(self.optimizer, self.parameters(), self.lr)
         scheduler = warmup_scheduler(optimizer, self.lr_scheduler, self.warmup, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -181,7 +181,7 @@ class DPOModule(LightningModule):
         )
         statistics = self.token_metrics or self.objective.uses_statistics
         self.policy = Policy(model, self.layout, self.gradient_checkpointing, statistics)
-        rank_zero_info(f"Policy: {self.base}, {self.policy.summary()}, base in {describe(quantization, dtype)}.")
+        rank_zero_info(f"Policy: {self.base}, {self.policy.summary()}, base in {describe(quantization, model.dtype)}.")
 
     @cached_property
     def reference(self) -> Reference:

@@ -29,6 +29,7 @@ class ComparisonSamples(Callback):
         if self.num_prompts > 0 and pairs is not None and (trainer.is_global_zero or module.policy.sharded):
             prompts = [Prompt(*pairs.prompt(index)) for index in range(min(self.num_prompts, len(pairs)))]
             comparisons = compare(module.policy, module.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+            module.policy.release_initial()
             if trainer.is_global_zero:
                 say(side_by_side(comparisons, min(120, shutil.get_terminal_size((100, 24)).columns)))
                 folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Recomputation:
     """
 
     def __init__(self, model: PeftModel | FullModel, mode: Switch) -> None:
-        self.mode = mode
+        self.mode, self._model = mode, model
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._bytes_per_token: float | None = None
         if mode is True or (mode == "auto" and self.layers):
@@ -56,9 +56,11 @@ class Recomputation:
         if self._bytes_per_token is None:
             self._switch(False)
             kept: dict[int, int] = {}
+            weights = {parameter.untyped_storage().data_ptr() for parameter in self._trained()}
 
             def note(tensor: Tensor) -> Tensor:
-                if not isinstance(tensor, torch.nn.Parameter):
+                is_weight = isinstance(tensor, torch.nn.Parameter) or tensor.untyped_storage().data_ptr() in weights
+                if not is_weight:
                     kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
                 return tensor
 
@@ -66,7 +68,11 @@ class Recomputation:
             with torch.random.fork_rng(cuda), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 tokens = probe()  # must not change the random state, or a resumed run would differ
             self._bytes_per_token = sum(kept.values()) / tokens
-        self._switch(self._bytes_per_token * num_tokens > USABLE * _free_memory(device))
+        gradients = sum(parameter.nbytes for parameter in self._trained() if parameter.grad is None)
+        self._switch(self._bytes_per_token * num_tokens > USABLE * (_free_memory(device) - gradients))
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _switch(self, on: bool) -> None:
         for layer in self.layers:

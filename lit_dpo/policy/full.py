@@ -64,6 +64,8 @@ class FullModel(nn.Module):
         if self._initial is None:
             self._initial = self._load_initial(self.device)
         parameters = dict(self.base.named_parameters())
+        self._check(parameters)
+        torch.clear_autocast_cache()  # it knows a parameter, and not which weights it has
         trained = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
@@ -72,6 +74,18 @@ class FullModel(nn.Module):
         finally:
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
+            torch.clear_autocast_cache()
+
+    def _check(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Checks that what was read has the shapes of the model.
+
+        Raises:
+            ValueError: If not: the files have changed since.
+        """
+        assert self._initial is not None
+        for name, parameter in parameters.items():
+            if name not in self._initial or self._initial[name].shape != parameter.shape:
+                raise ValueError(f"model.base: its files have changed since this run began ({name}).")
 
     def forget_initial(self) -> None:
         """Frees the initial weights. The next use reads them again."""
@@ -86,10 +100,17 @@ class FullModel(nn.Module):
             dtype: Type of the weights; by default bfloat16.
         """
         dtype = dtype or torch.bfloat16
-        state = {name: tensor.to(dtype) for name, tensor in self.base.state_dict().items()}
-        kept = self.base.config.dtype
-        self.base.save_pretrained(str(folder), state_dict=state)
-        self.base.config.dtype = dtype  # save_pretrained has written that of the model in memory
-        self.base.config.save_pretrained(str(folder))
-        self.base.config.dtype = kept
+        copies: dict[int, Tensor] = {}  # on the CPU; tied weights stay one
+        for tensor in self.base.state_dict().values():
+            if tensor.data_ptr() not in copies:
+                copies[tensor.data_ptr()] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        state = {name: copies[tensor.data_ptr()] for name, tensor in self.base.state_dict().items()}
+        config = self.base.config
+        kept, cached = config.dtype, config.use_cache
+        try:
+            self.base.save_pretrained(str(folder), state_dict=state)
+            config.dtype, config.use_cache = dtype, True  # save_pretrained has written what holds in training
+            config.save_pretrained(str(folder))
+        finally:
+            config.dtype, config.use_cache = kept, cached
         tokenizer.save_pretrained(str(folder))

@@ -93,6 +93,10 @@ def load_policy(
     disable_repacking(model)
     keep_residuals_in_float32(model)
     if all_train:
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"model.base {base} is quantized, and model.lora=null trains all weights. Use another base."
+            )
         full = FullModel(model, lambda place: dict(read(torch.float32, place).named_parameters()))
         full.whole_digest = weights_digest(full)  # of the initial weights
         full.whole_base_digest = base_digest(full)

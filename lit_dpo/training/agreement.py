@@ -13,6 +13,7 @@ from lit_dpo.training.checkpoint import trained_parameters
 from lit_dpo.training.ranks import gather_objects
 from lit_dpo.training.step import OptimizerStep
 
+PART = 5 * 2**20  # numbers of a parameter that are summed up at once
 CLOSE = 1e-4  # relative. All take the same gradients, so only the rounding of their optimizer steps can differ
 
 
@@ -89,6 +90,11 @@ def _summary(parameter: Tensor) -> Tensor:
 
     Norms alone would not tell: after one step of Adam on zeros they are equal, whatever the gradients were.
     """
-    values = parameter.detach().flatten().double()
-    direction = (torch.arange(len(values), device=values.device) * 7 % 5 - 2).double()
-    return torch.stack([values @ direction, values.norm() * direction.norm() / len(values) ** 0.5])
+    # In parts, because whole embeddings in float64 would take gigabytes. The direction's period divides their size.
+    total = torch.zeros(3, dtype=torch.float64, device=parameter.device)
+    for part in parameter.detach().flatten().split(PART):
+        values = part.double()
+        direction = (torch.arange(len(values), device=values.device) * 7 % 5 - 2).double()
+        total += torch.stack([values @ direction, values @ values, direction @ direction])
+    size = (total[1] * total[2]).sqrt() / parameter.numel() ** 0.5
+    return torch.stack([total[0], size])

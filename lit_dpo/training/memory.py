@@ -102,13 +102,21 @@ def _try(trainer: Trainer, module: Any, batch: PairBatch) -> None:
     device = batch.input_ids.device
     trained = list(trained_parameters(module).values())
     state = {name: value.clone() for name, value in module.objective.state_dict().items()}
+    moments = _room_for_moments(trainer, trained)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with trainer.precision_plugin.forward_context():
             loss = module.objective(module.policy.logps(batch), module.reference.logps(batch)).mean()
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, trained, allow_unused=True)  # not DDP's hooks
-    del loss, gradients
+    del loss, gradients, moments
     module.objective.load_state_dict(state)
     module.objective.end_step(kept=False)
+
+
+def _room_for_moments(trainer: Trainer, trained: list[torch.nn.Parameter]) -> list[Tensor]:
+    """Tensors as large as the moments that an Adam allocates at its first step."""
+    kinds = [type(optimizer).__name__.lower() for optimizer in trainer.optimizers if not optimizer.state]
+    needed = any("adam" in kind and "8bit" not in kind for kind in kinds)
+    return [torch.empty_like(parameter) for parameter in trained for _ in range(2)] if needed else []
 
 
 def _what_fits(trainer: Trainer, module: Any, pairs: Any, indices: list[int]) -> int:
