@@ -209,7 +209,7 @@ class Endpoint:
         for attempt in range(RETRIES):
             wait = min(self.wait * 2**attempt, LONGEST_WAIT)
             try:
-                with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310  # nosec B310  its scheme is checked
                     return str(json.loads(response.read())["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 said = " ".join(error.read(2000).decode(errors="replace").split())
