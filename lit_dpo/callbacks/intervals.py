@@ -62,6 +62,10 @@ class HeldOutIntervals(Callback):
         pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
         table = self._collector.finish(trainer, pairs)
         if table is None:
+            if trainer.is_global_zero:  # never nothing: Lightning's own table is off on the command line
+                say("No intervals: the pairs are not those of a PreferenceDataModule.")
+                for name, value in trainer.callback_metrics.items():
+                    say(f"{name:<44}{float(value):>12.4f}")
             return
         self.tables.append((self.model_name, table))
         if len(self.tables) == 1:

@@ -21,6 +21,8 @@ from lit_dpo.data.stream import PairStream, StreamSource
 from lit_dpo.data.tokenization import Truncation
 from lit_dpo.files.console import library_bars
 
+MOST_GROUPS = 100  # of held-out pairs
+
 
 class Loaded(NamedTuple):
     """Training pairs and held-out pairs, where they were asked for, and what is to be told of them."""
@@ -153,16 +155,22 @@ class PairLoading:
         return pairs, report, rows
 
     def _check_groups(self, val: PairDataset, rows: list[Any]) -> None:
-        """Checks that the column to group by is there.
+        """Checks that the column to group by is there, and groups.
 
         Raises:
-            ValueError: If no held-out pair has a value in it.
+            ValueError: If no held-out pair has a value in it, or if there are too many values.
         """
         column = self.reader.group_by
         if column is not None and not val.groups():
             raise ValueError(
                 f"data.group_by={column}: no held-out pair has a value in a column of this name. The columns are "
                 f"{', '.join(sorted({name for source in rows for name in source.column_names}))}."
+            )
+        number = len(set(val.groups())) if column is not None else 0
+        if number > MOST_GROUPS:
+            raise ValueError(
+                f"data.group_by={column}: the held-out pairs have {number:,} different values. Name a column with "
+                f"{MOST_GROUPS} at most: a group of few pairs tells nothing."
             )
 
     def _stream(self, template: ChatTemplate, held_out: PairDataset | None) -> PairStream:

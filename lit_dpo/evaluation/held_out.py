@@ -64,8 +64,17 @@ def held_out_metrics(table: PairTable, resampling: Resampling, *, by_group: bool
         resampling: How intervals are computed.
         by_group: Whether to group the pairs too.
     """
-    total = _group("", "all pairs", table, np.ones(len(table), bool), resampling)
-    groups = [_group(*named, resampling) for named in _masks(table)] if by_group else []
+    columns, statistics = _quantities(table)
+
+    def measured(kind: str, name: str, mask: np.ndarray, chosen: dict[str, Statistic]) -> Group:
+        sums = sums_by_prompt(columns[mask], table.prompts[mask])
+        metrics = resampling.estimate(sums, chosen)
+        metrics |= {key: metrics[key].of_share(len(sums), resampling.level) for key in SHARES if key in metrics}
+        return Group(kind, name, int(mask.sum()), len(sums), metrics)
+
+    total = measured("", "all pairs", np.ones(len(table), bool), statistics)
+    of_groups = {key: statistics[key] for key in OF_GROUPS}
+    groups = [measured(*named, of_groups) for named in _masks(table)] if by_group else []
     return HeldOut(total, groups, resampling.level)
 
 
@@ -107,41 +116,30 @@ def _quantities(table: PairTable) -> tuple[np.ndarray, dict[str, Statistic]]:
     return np.stack(columns, axis=1), statistics
 
 
-def _group(kind: str, name: str, table: PairTable, mask: np.ndarray, resampling: Resampling) -> Group:
-    columns, statistics = _quantities(table)
-    chosen = statistics if not kind else {key: statistics[key] for key in OF_GROUPS}
-    sums = sums_by_prompt(columns[mask], table.prompts[mask])
-    metrics = resampling.estimate(sums, chosen)
-    metrics |= {key: metrics[key].of_share(len(sums), resampling.level) for key in SHARES if key in metrics}
-    return Group(kind, name, int(mask.sum()), len(sums), metrics)
-
-
-def _masks(table: PairTable) -> Iterator[tuple[str, str, PairTable, np.ndarray]]:
-    """The groups of the pairs: kind, name, table and mask."""
+def _masks(table: PairTable) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The groups of the pairs: kind, name, and which pairs, (P,)."""
     for kind, labels in {"source": table.sources, "group": table.groups}.items():
         for name in dict.fromkeys(sorted(labels)):
-            yield kind, name, table, np.array(labels) == name
+            yield kind, name, np.array(labels) == name
     lengths = table.values["lengths/chosen"] / table.values["lengths/rejected"]
-    yield from _bins("length, chosen / rejected", table, lengths, LENGTHS)
+    yield from _bins("length, chosen / rejected", lengths, LENGTHS)
     scores = table.scores[np.isfinite(table.scores)]
     if len(scores):
         different = np.unique(scores)
         if len(different) <= FEW_SCORES:
             for value in different:
-                yield "score margin", f"{value:g}", table, table.scores == value
+                yield "score margin", f"{value:g}", table.scores == value
         else:
-            yield from _bins("score margin", table, table.scores, tuple(np.unique(np.quantile(scores, [1 / 3, 2 / 3]))))
+            yield from _bins("score margin", table.scores, tuple(np.unique(np.quantile(scores, [1 / 3, 2 / 3]))))
 
 
-def _bins(
-    kind: str, table: PairTable, values: np.ndarray, bounds: tuple[float, ...]
-) -> Iterator[tuple[str, str, PairTable, np.ndarray]]:
+def _bins(kind: str, values: np.ndarray, bounds: tuple[float, ...]) -> Iterator[tuple[str, str, np.ndarray]]:
     """Groups of pairs between bounds, without those that have no pair."""
     for low, high in zip((-np.inf, *bounds), (*bounds, np.inf), strict=True):
         mask = (values > low) & (values <= high)
         if mask.any():
             name = f"above {low:.3g}" if high == np.inf else f"to {high:.3g}"
-            yield kind, name, table, mask
+            yield kind, name, mask
 
 
 def _plain(group: Group) -> dict[str, Any]:

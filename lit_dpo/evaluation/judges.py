@@ -21,7 +21,7 @@ from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.evaluation.winrate import Verdict
 from lit_dpo.files.console import library_bars
 from lit_dpo.module import DPOModule
-from lit_dpo.policy.precision import dtype_for, precision_for
+from lit_dpo.training.requirements import checked_placement
 
 RUBRIC = """Which of the two answers to the question is better? Consider whether it is correct, whether it helps, and \
 whether it says no more than is needed. Length alone is no merit.
@@ -239,8 +239,8 @@ def _in_both_orders(ask: Callable[[str, str, str], float | None], case: Case) ->
 
 def _loaded(kind: Any, name: str, trust_remote_code: bool) -> Any:
     """A model for evaluation, on a GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": dtype_for(precision_for(device)), "device_map": {"": device}}
+    dtype, device, _ = checked_placement(None, quantized=False)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     try:
         with library_bars(False, "transformers"):
             model = kind.from_pretrained(resolve_base(name), trust_remote_code=trust_remote_code, **options)

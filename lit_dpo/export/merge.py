@@ -75,7 +75,10 @@ def write_merged(
     _check_space(output, sum(_weight_of(inner, name).numel() for name in names) * dtype.itemsize * copies)
     shards = Shards(output, shard_size, lambda weights: revert_weight_conversion(inner, weights))
     for name in tqdm(names, desc="Merging", unit="tensor", disable=not progress_bar):
-        shards.add(name, _merged(inner, name, quantized).to(dtype).contiguous())
+        tensor = _merged(inner, name, quantized).to(dtype).contiguous()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite in {dtype}, so the model cannot be written in this type.")
+        shards.add(name, tensor)
     shards.close()
     config.save_pretrained(output)
     if model.can_generate():

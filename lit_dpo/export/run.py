@@ -22,7 +22,8 @@ from lit_dpo.export.merge import write_merged
 from lit_dpo.export.serving import vllm_options
 from lit_dpo.files.atomic import write_json
 from lit_dpo.files.secrets import remove_secrets, shorten_paths
-from lit_dpo.policy.precision import dtype_for, precision_for, quantization_for
+from lit_dpo.policy.precision import quantization_for
+from lit_dpo.training.requirements import checked_placement
 
 Merge: TypeAlias = Literal["dequantized", "original"]
 Format: TypeAlias = Literal["safetensors", "gguf"]
@@ -102,9 +103,7 @@ def export_model(
         FileExistsError: If ``output`` has files in it.
         OSError: If the disk does not take it.
     """
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
-    if output.exists():
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"--output {output} exists. Choose another folder, or remove it.")
     whole = trained.module.lora is None
     alone = export.merged_into is None and not whole
@@ -159,6 +158,8 @@ def _unfinished(output: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         yield partial
+        if output.exists():
+            output.rmdir()  # it is empty
         partial.chmod(0o755)  # a temporary folder is its owner's alone
         partial.rename(output)
     finally:
@@ -166,11 +167,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
 
 
 def _quantization(trained: Trained) -> BitsAndBytesConfig | None:
-    return quantization_for(trained.module.quantization, dtype_for(precision_for(_device())))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return quantization_for(trained.module.quantization, checked_placement(None, quantized=False).dtype)
 
 
 def _dtype(name: DType) -> torch.dtype | None:
@@ -205,10 +202,10 @@ def _check(trained: Trained, export: Export, spec: dict[str, Any], source: str |
     if export.num_pairs == 0:
         return None, "nothing: --num_pairs 0"
     pairs, where = _pairs(trained, source)
-    dtype, device = dtype_for(precision_for(_device())), _device()
+    dtype, device, _ = checked_placement(None, quantized=False)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "distributions.safetensors"
-        module = trained.load()
+        module = trained.load_once()
         write_distributions(module.policy, pairs, export.num_pairs, path)
         trained.unload()  # the fresh process needs the memory
         agreement = verify(Spec(**spec, dtype=str(dtype).removeprefix("torch."), device=str(device)), path)

@@ -6,7 +6,6 @@ It knows model and data set repositories of one commit each, on the branch ``mai
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.serving import serving
 
 REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
 FILE = re.compile(rf"/(?P<kind>datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -240,14 +241,8 @@ def serve_hub(models: dict[str, Path], datasets: dict[str, Path], gated: Collect
     repositories = {
         (kind, name): Repository.read(folder) for kind, folders in kinds.items() for name, folder in folders.items()
     }
-    with HubServer(repositories, gated) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server.endpoint
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(HubServer(repositories, gated)) as server:
+        yield server.endpoint
 
 
 def _sha1(content: bytes) -> str:

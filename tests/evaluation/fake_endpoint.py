@@ -2,11 +2,11 @@
 
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.serving import serving
 
 
 class FakeEndpoint(ThreadingHTTPServer):
@@ -60,14 +60,6 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
-@contextmanager
-def fake_endpoint(*script: int | str) -> Iterator[FakeEndpoint]:
-    """Runs the server in a thread of this process."""
-    with FakeEndpoint(list(script)) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def fake_endpoint(*script: int | str) -> AbstractContextManager[FakeEndpoint]:
+    """Runs the server within a context."""
+    return serving(FakeEndpoint(list(script)))

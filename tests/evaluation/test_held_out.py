@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from lit_dpo.callbacks import HeldOutIntervals
 from lit_dpo.cli.app import main
 from lit_dpo.evaluation.held_out import ACCURACY
 from tests.conftest import CHECKPOINT
@@ -74,6 +76,14 @@ def test_what_cannot_be_compared_or_grouped(trained: Path, scored: list[str]) ->
         report_of(trained, *scored, "--data.group_by", "sub")
 
 
+def test_a_column_of_too_many_values_groups_nothing(
+    trained: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_dpo.data.loading.MOST_GROUPS", 1)
+    with pytest.raises(ValueError, match="the held-out pairs have 2 different values"):
+        report_of(trained, *scored, "--data.group_by", "subset")
+
+
 @pytest.mark.ci
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(trained: Path, scored: list[str]) -> None:
@@ -82,3 +92,13 @@ def test_two_processes_report_what_one_does(trained: Path, scored: list[str]) ->
     assert two["total"]["num_pairs"] == 24
     for name, expected in one["total"]["metrics"].items():
         assert two["total"]["metrics"][name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+def test_pairs_of_another_data_module_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer: Any = SimpleNamespace(is_global_zero=True, world_size=1, loggers=[], default_root_dir=tmp_path)
+    trainer.strategy, trainer.callback_metrics = strategy, {"test/loss": 0.5}
+    HeldOutIntervals().on_test_end(trainer, SimpleNamespace())  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    assert "No intervals: the pairs are not those of a PreferenceDataModule." in printed
+    assert "test/loss" in printed

@@ -2,13 +2,13 @@
 
 import base64
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.serving import serving
 
 
 class UploadServer(ThreadingHTTPServer):
@@ -104,14 +104,6 @@ class UploadHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-@contextmanager
-def serve_uploads(folder: Path, failures: int = 0) -> Iterator[UploadServer]:
-    """Runs the server in a thread of this process."""
-    with UploadServer(folder, failures) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def serve_uploads(folder: Path, failures: int = 0) -> AbstractContextManager[UploadServer]:
+    """Runs the server within a context."""
+    return serving(UploadServer(folder, failures))

@@ -83,17 +83,21 @@ def run_trl_steps(rows: list[dict[str, Any]], loss_type: str) -> list[float]:
     }
     with make_trainer(rows, **options) as trainer:
         wake_adapters(trainer.model, 0.0)
-        losses = []
-        step = trainer.training_step
+        return losses_of_training(trainer)
 
-        def noted(*arguments: Any, **named: Any) -> torch.Tensor:
-            loss: torch.Tensor = step(*arguments, **named)
-            losses.append(loss.item())
-            return loss
 
-        trainer.training_step = noted
-        trainer.train()
-        return losses
+def losses_of_training(trainer: Any) -> list[float]:
+    """Trains, and returns the loss of each step."""
+    losses, step = [], trainer.training_step
+
+    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+        loss: torch.Tensor = step(*arguments, **named)
+        losses.append(loss.item())
+        return loss
+
+    trainer.training_step = noted
+    trainer.train()
+    return losses
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.data.filters import Filters
+from tests.parity.record_trl import losses_of_training
 from tests.tiny import made_up_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci, pytest.mark.filterwarnings("ignore:.*")]
@@ -44,16 +45,7 @@ def of_trl(base: str, folder: Path) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"train_dataset": Dataset.from_list(rows()), "processing_class": AutoTokenizer.from_pretrained(base)}
     trainer = DPOTrainer(model=model, args=config, **options)
-    losses, step = [], trainer.training_step
-
-    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
-        loss: torch.Tensor = step(*arguments, **named)
-        losses.append(loss.item())
-        return loss
-
-    trainer.training_step = noted
-    trainer.train()
-    return losses
+    return losses_of_training(trainer)
 
 
 class Note(Callback):
