@@ -26,6 +26,7 @@ FILES = {
     "summary.json": "data, metrics before and after, hardware and time, for the model card",
 }
 FILENAME = "summary.json"
+LIMITS = ("limit_train_batches", "limit_val_batches")  # of the Trainer, which leave out pairs
 
 
 class RunSummary(Callback):
@@ -132,6 +133,9 @@ class RunSummary(Callback):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
             "num_pairs": {name: len(found) for name, found in pairs.items() if hasattr(found, "indices")},
+            "limits": {
+                name: limit for name in LIMITS if repr(limit := getattr(trainer, name)) != "1.0"
+            },  # 1 is a batch
             "data": getattr(data, "report", []),
             "before": self.before,
             "after": self.after,

@@ -141,7 +141,8 @@ class Conversation:
         rejected = next(text for side, text in self.last.items() if side != choice)
         chosen = self.last[choice]
         if chosen == rejected or not chosen or not rejected:
-            self.write("[the answers are the same, or one is empty: no pair to train on]\n")
+            reason = "both answers are the same" if chosen == rejected else "one of the answers is empty"
+            self.write(f"[{reason}, so there is no pair to train on: /retry, or ask something else]\n")
             return
         row = {"prompt": self.turns[:-1], "chosen": [_spoken(chosen)], "rejected": [_spoken(rejected)]}
         self.pairs.parent.mkdir(parents=True, exist_ok=True)

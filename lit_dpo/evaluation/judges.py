@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ from lit_dpo.base.tokenizer import load_tokenizer
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.data.tokenization import TokenizedPair
 from lit_dpo.evaluation.winrate import Verdict
-from lit_dpo.files.console import library_bars
+from lit_dpo.files.console import library_bars, say
 from lit_dpo.module import DPOModule
 from lit_dpo.training.requirements import checked_placement
 
@@ -224,9 +225,11 @@ class Endpoint:
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 why = f"no chat completion ({type(error).__name__})"
             if attempt < RETRIES - 1:
+                say(f"\n{self.url}: {why}. It is asked again.", sys.stderr)
                 time.sleep(min(wait, LONGEST_WAIT))
         raise OSError(
-            f"--url {self.url}: {why}, after {RETRIES} attempts. The verdicts so far are kept: start again later."
+            f"--url {self.url}: {why}, after {RETRIES} attempts. Is the address right, and does a server run there? "
+            "The verdicts so far are kept, and the same command goes on from them."
         )
 
 

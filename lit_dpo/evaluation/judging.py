@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,24 +74,20 @@ class Contestant:
         how = (sampling.max_new_tokens, sampling.temperature, sampling.seed)
         keys = [digest(self.digest, prompt.ids, *how) for prompt in self.prompts]
         missing = [number for number, key in enumerate(keys) if key not in store]
-        bar = tqdm(
-            total=len(missing), desc=f"Answers of {self.name}", unit="prompt", disable=not (progress_bar and missing)
-        )
-        for start in range(0, len(missing), sampling.batch_size):
-            chunk = missing[start : start + sampling.batch_size]
-            module = load()
-            torch.manual_seed(sampling.seed + chunk[0])
-            ids = [self.prompts[number].ids for number in chunk]
-            given = (module.policy, self.trained.tokenizer, ids, sampling.max_new_tokens, sampling.temperature)
-            if self.initial:
-                with module.policy.initial():
+        module = load() if missing else None  # it has a progress bar of its own
+        shown = {"desc": f"Answers of {self.name}", "unit": "prompt", "disable": not (progress_bar and missing)}
+        with tqdm(total=len(missing), **shown) as bar:
+            for start in range(0, len(missing), sampling.batch_size):
+                assert module is not None
+                chunk = missing[start : start + sampling.batch_size]
+                torch.manual_seed(sampling.seed + chunk[0])
+                ids = [self.prompts[number].ids for number in chunk]
+                given = (module.policy, self.trained.tokenizer, ids, sampling.max_new_tokens, sampling.temperature)
+                with module.policy.initial() if self.initial else nullcontext():
                     written = answers(*given)
-            else:
-                written = answers(*given)
-            for number, one in zip(chunk, written, strict=True):
-                store[keys[number]] = one._asdict()
-            bar.update(len(chunk))
-        bar.close()
+                for number, one in zip(chunk, written, strict=True):
+                    store[keys[number]] = one._asdict()
+                bar.update(len(chunk))
         return [Answer(**store[key]) for key in keys]
 
 
@@ -149,19 +146,17 @@ def _verdicts(judge: Judge, cases: Sequence[Case], store: Store, batch_size: int
         for number, (key, case) in enumerate(zip(keys, cases, strict=True))
         if key not in store and case.first != case.second
     ]
-    bar = tqdm(
-        total=len(missing), desc=f"Verdicts of the {judge.name}", unit="verdict", disable=not (progress_bar and missing)
-    )
     found = {key: Verdict(tuple(store[key])) for key in keys if key in store}
     size = batch_size if isinstance(judge, ImplicitReward) else 1  # others go case by case, so each is kept at once
-    for start in range(0, len(missing), size):
-        chunk = missing[start : start + size]
-        for number, verdict in zip(chunk, judge([cases[number] for number in chunk]), strict=True):
-            found[keys[number]] = verdict
-            if verdict.readable:  # another is asked for again by a later run
-                store[keys[number]] = verdict.preferences
-        bar.update(len(chunk))
-    bar.close()
+    shown = {"desc": f"Verdicts by {judge.name}", "unit": "verdict", "disable": not (progress_bar and missing)}
+    with tqdm(total=len(missing), **shown) as bar:
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
+            for number, verdict in zip(chunk, judge([cases[number] for number in chunk]), strict=True):
+                found[keys[number]] = verdict
+                if verdict.readable:  # another is asked for again by a later run
+                    store[keys[number]] = verdict.preferences
+            bar.update(len(chunk))
     return [found.get(key, Verdict((0.5,))) for key in keys]
 
 

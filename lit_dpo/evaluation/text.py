@@ -44,7 +44,7 @@ def verdicts(total: Group) -> list[str]:
         said.append(f"The accuracy {accuracy.value:.3f} is {side} chance (0.5).")
     rule, of_rule = ("longer", longer.value) if longer.value >= 0.5 else ("shorter", 1 - longer.value)
     if accuracy.low <= of_rule <= accuracy.high:
-        said.append(f"It cannot be told from that of preferring the {rule} response ({of_rule:.3f}) either.")
+        said.append(f"It cannot be told from that of preferring the {rule} response ({of_rule:.3f}).")
     if math.isnan(controlled.value):
         said.append(f"Lengths cannot be controlled: in every pair the chosen response is the {rule} one.")
     elif not math.isnan(controlled.low) and controlled.low <= 0.5 <= controlled.high and accuracy.low > 0.5:

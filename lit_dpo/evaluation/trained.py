@@ -163,14 +163,19 @@ def find_checkpoint(path: Path, *, trust_remote_code: bool = False, option: str 
         remedy = "Give it as --adapter." if option == "--ckpt_path" else "Give a checkpoint."
         raise ValueError(f"{option} {path} is the folder of an adapter. {remedy}")
     if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder. Give a file, such as {path}/checkpoints/last.ckpt.")
+        inside = path / "checkpoints/last.ckpt"
+        found = inside if inside.exists() else "runs/NAME/version_0/checkpoints/last.ckpt"
+        raise ValueError(f"{option} {path} is a folder. Give a checkpoint file, such as {found}.")
     if not path.exists():
         raise FileNotFoundError(f"{option} {path}: there is no such file.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         arguments, weights = without_trust(checkpoint["hyper_parameters"]), checkpoint["state_dict"]
     except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(f"{option} {path}: the file is no checkpoint of this project, or it is damaged.") from error
+        raise ValueError(
+            f"{option} {path}: the file is no checkpoint of this project, or it is damaged. Copy it "
+            "again, or give another of the run, such as best-*.ckpt."
+        ) from error
     known = inspect.signature(DPOModule.__init__).parameters.keys() - {"optimizer"}  # derived classes store others
     chosen = {name: value for name, value in arguments.items() if name in known}
     module: DPOModule = instantiate_module(DPOModule, {**chosen, TRUST: trust_remote_code})
@@ -247,7 +252,7 @@ def adapter_folder(adapter: str, option: str = "--adapter") -> Path:
         raise FileNotFoundError(f"{option} {adapter}: there is no such folder.")
     if not (folder / "adapter_config.json").exists():
         kind = "a whole model" if (folder / "config.json").exists() else "no adapter: it has no adapter_config.json"
-        raise ValueError(f"{option} {adapter} is {kind}. Give the folder that a run or an export has written.")
+        raise ValueError(f"{option} {adapter} is {kind}. Give an adapter's, such as runs/NAME/version_0/adapter.")
     if not (folder / "adapter_model.safetensors").exists():
         raise ValueError(f"{option} {adapter} has no adapter_model.safetensors. Save it with a recent peft.")
     return folder

@@ -1,5 +1,6 @@
 """A checkpoint ──► PEFT's folder of its adapter. No weights of the base are loaded."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def skeleton(trained: Trained) -> PeftModel:
         del config.quantization_config
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, **options)
-        lora = module.lora if module.adapter is None else PeftConfig.from_pretrained(module.adapter)
+        lora = copy.deepcopy(module.lora) if module.adapter is None else PeftConfig.from_pretrained(module.adapter)
         model = get_peft_model(base, lora)
     prefix = "policy.model."
     weights = {

@@ -183,6 +183,7 @@ def _data(trained: Trained, facts: dict[str, Any]) -> list[str]:
     kinds = {"train": "training", "val": "held-out"}
     if counts:
         lines.append(", ".join(f"{number:,} {kinds[name]} pairs" for name, number in counts.items()))
+    lines += [f"of these, the run took a part: {name} {value}" for name, value in facts.get("limits", {}).items()]
     names = [_shown_base(source) for source in _sources(trained)]
     lines.insert(0, f"source: {', '.join(names)}" if names else f"source: {UNKNOWN}")
     limits = {name: trained.data.get(name) for name in ("max_length", "max_prompt_length", "max_response_length")}

@@ -31,7 +31,8 @@ class Agreement(NamedTuple):
     tokens: int  # number of tokens compared
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.4f} nats per token, same most likely token in {100 * self.top1:.1f} % of {self.tokens:,}"
+        same = f"same most likely token in {100 * self.top1:.1f} % of {self.tokens:,} response tokens"
+        return f"KL {self.kl:.4f} nats per token, {same}"
 
 
 class Spec(NamedTuple):

@@ -128,7 +128,7 @@ def export_model(
             lora = PeftConfig.from_pretrained(str(folder))
             spec |= {"base": base, "revision": options["revision"]}
             spec |= {"quantization": None if quantization is None else quantization.to_dict()}
-            vllm = _told_of_vllm(lora, folder, trained.module.quantization)
+            vllm = _told_of_vllm(lora, folder, output, trained.module.quantization)
             local = lora.base_model_name_or_path if Path(lora.base_model_name_or_path).exists() else ""
         else:
             adapter = folder / "adapter"
@@ -184,13 +184,16 @@ def _to_gguf(folder: Path, kind: GGUFType, progress_bar: bool) -> None:
     shutil.rmtree(source)
 
 
-def _told_of_vllm(adapter: LoraConfig, folder: Path, quantization: Any) -> str:
+def _told_of_vllm(adapter: LoraConfig, folder: Path, output: Path, quantization: Any) -> str:
     base = str(adapter.base_model_name_or_path)
     beside = (folder / base).exists()
     options, reasons = vllm_options(adapter, str(folder / base) if beside else base, quantization)
     if reasons:
         return f"vLLM does not serve this adapter: {', and '.join(reasons)}. Use --merge dequantized."
-    return f"vllm serve {base} {options} --lora-modules NAME=FOLDER"
+    served = output / base if beside else base
+    return (
+        f"To serve it with vLLM (not run here):\n  vllm serve {served} {options} --lora-modules {output.name}={output}"
+    )
 
 
 def _check(trained: Trained, export: Export, spec: dict[str, Any], source: str | None) -> tuple[Agreement | None, str]:

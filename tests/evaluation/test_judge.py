@@ -77,7 +77,7 @@ def test_an_endpoint_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         Endpoint(server.url, "gpt")([CASE])
     with (
         fake_endpoint(*[503] * 6) as server,
-        pytest.raises(OSError, match=r"status 503, after 6 attempts\. The verdicts so far"),
+        pytest.raises(OSError, match=r"status 503, after 6 attempts\. Is the address right"),
     ):
         Endpoint(server.url, "gpt", wait=0.01)([CASE])
     with fake_endpoint("Hm.", "Hm.", "[[A]]") as server:

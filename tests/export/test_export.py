@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lit_dpo.cli.app import main
 from lit_dpo.evaluation.trained import find_trained
 from lit_dpo.export import run
-from lit_dpo.export.card import run_facts
+from lit_dpo.export.card import _data, run_facts
 from lit_dpo.export.check import Agreement, Spec
 from lit_dpo.export.hub import push_folder
 from lit_dpo.export.serving import vllm_options
@@ -131,6 +131,9 @@ def test_the_model_card(trained: Path, tmp_path: Path) -> None:
     for text in (card.content, (folder / "export.json").read_text()):
         assert str(trained) not in text, "no folder of this machine"
         assert str(trained.parents[1]) not in text
+    assert "of these, the run took a part: limit_train_batches 1" in _data(
+        find_trained(str(trained / CHECKPOINT), None), {"limits": {"limit_train_batches": 1}}
+    )
     best = next((trained / "version_0/checkpoints").glob("best-*.ckpt"))
     found = find_trained(str(best), None)
     assert run_facts(replace(found, step=1)).keys().isdisjoint({"after", "seconds"}), "of the last step alone"
@@ -158,7 +161,7 @@ def test_wrong_arguments(trained: Path, tiny_base: str, tmp_path: Path) -> None:
     (tmp_path / "full/file").touch()
     cases = {
         ("--ckpt_path", adapter): "is the folder of an adapter. Give it as --adapter",
-        ("--ckpt_path", str(trained)): "is a folder. Give a file",
+        ("--ckpt_path", str(trained)): "is a folder. Give a checkpoint file",
         ("--ckpt_path", str(trained / "version_0/metrics.csv")): "is no checkpoint of this project, or it is damaged",
         ("--ckpt_path", "nowhere"): "there is no such file",
         ("--ckpt_path", checkpoint, "--base", "x"): "are for an adapter",
