@@ -144,8 +144,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads and tokenizes on one process per node. The other processes then read from the cache."""
-        self.report = self._load(trains=self.trainer is None or self.trainer.state.fn == "fit")
-        for line in self.report:
+        self._load(trains=self.trainer is None or self.trainer.state.fn == "fit")
+        for line in self.loaded.report:
             rank_zero_info(line)
 
     def setup(self, stage: str) -> None:
@@ -200,12 +200,12 @@ class PreferenceDataModule(LightningDataModule):
         self._stored = fitted_position(self.position, self._stored, self.trainer)
         return self._stored
 
-    def _load(self, trains: bool) -> list[str]:
-        """Loads the held-out pairs and, with ``trains``, the training pairs. Returns a report, one line per fact."""
+    def _load(self, trains: bool) -> None:
+        """Loads the held-out pairs and, with ``trains``, the training pairs."""
         trainer = self.trainer
         evaluates = trainer is None or trainer.state.fn != "fit" or trainer.limit_val_batches != 0
         shows_progress = trainer is None or trainer.progress_bar_callback is not None
-        loaded = self.loading.load(
+        loaded = self.loaded = self.loading.load(
             self.load_tokenizer(), trains=trains, evaluates=evaluates, progress_bar=shows_progress
         )
         self.val_pairs = loaded.val or self.val_pairs
@@ -216,7 +216,6 @@ class PreferenceDataModule(LightningDataModule):
         elif loaded.train is not None:
             repeats = getattr(trainer, "overfit_batches", 0) > 0  # the same batches in each epoch
             self.position = EpochPosition(loaded.train, *order, self.shuffle and not repeats, self._ranks())
-        return loaded.report
 
     def load_tokenizer(self, default: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer, with ``chat_template``. The module uses the same object for its samples and its adapter.

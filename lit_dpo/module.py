@@ -153,8 +153,8 @@ class DPOModule(LightningModule):
         """Adds a batch to the metrics and, in training, to the optimizer step in progress."""
         against = reference if self.reference.exists else None
         metrics.update(losses, self.objective.rewards(policy, reference), policy, against, batch.groups)
-        if metrics is self.train_metrics:
-            self.step.batches.append(BatchRecord(batch, losses.detach(), policy.detach(), against))
+        done = BatchRecord(batch, losses.detach(), policy.detach(), against)
+        self.step.add(done, trains=metrics is self.train_metrics)
 
     # --- policy and reference --------------------------------------------------------------------------------------
 

@@ -25,12 +25,13 @@ FLOORS = {
     "module": 6,
     "datamodule": 6,
     "evaluation": 7,
-    "callbacks": 8,
     "audit": 8,
     "export": 8,
-    "commands": 9,
-    "cli": 10,
-    "__main__": 11,
+    "report": 9,
+    "callbacks": 10,
+    "commands": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 LOOSE = {"__init__.py", "__main__.py", "module.py", "datamodule.py"}  # files at the package's top
 WAY = [

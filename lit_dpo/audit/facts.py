@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_dpo.base.tokenizer import token_texts
 from lit_dpo.data.filters import CONTRADICTORY, DUPLICATE, LEAKED, NEAR_DUPLICATE, NEARLY_LEAKED
 from lit_dpo.data.findings import Finding
 from lit_dpo.data.loading import Loaded
@@ -289,14 +290,15 @@ def template_facts(pairs: PairDataset, tokenizer: PreTrainedTokenizerBase) -> Te
         number for number, token in tokenizer.added_tokens_decoder.items() if token.special
     }
 
-    def shown(ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, bool, bool]]:
-        return [(str(tokenizer.decode([one])), yes, one in special) for one, yes in zip(ids, trained, strict=True)]
+    def shown(ids: list[int], trained: list[bool], before: Sequence[int] = ()) -> list[tuple[str, bool, bool]]:
+        texts = token_texts(tokenizer, ids, before)
+        return [(text, yes, one in special) for text, one, yes in zip(texts, ids, trained, strict=True)]
 
     parts = [Part("prompt", shown(middle.prompt, [False] * len(middle.prompt)))]
     for kind, ids, place in (("chosen", middle.chosen, 0), ("rejected", middle.rejected, -1)):
         runs = middle.runs[place] if middle.runs else (len(ids),)
         trained = [turn % 2 == 0 for turn, run in enumerate(runs) for _ in range(run)]
-        parts.append(Part(kind, shown(ids, trained)))
+        parts.append(Part(kind, shown(ids, trained, middle.prompt)))
     return TemplateFacts(
         pairs=len(chosen),
         bos=tokenizer.bos_token if bos != eos else None,

@@ -3,14 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.audit.cost import Cost, cost_of, model_size
 from lit_dpo.audit.facts import SourceFacts, TemplateFacts, facts_of, template_facts
 from lit_dpo.audit.page import as_page
 from lit_dpo.audit.text import as_text
 from lit_dpo.audit.verdicts import Verdict, unreadable, verdicts
+from lit_dpo.data.filters import Filters
 from lit_dpo.data.loading import Loaded
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.atomic import atomic_write
@@ -31,6 +34,15 @@ class Audit:
         """Whether a verdict is an error."""
         return any(verdict.severity == "error" for verdict in self.verdicts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as ``audit.json`` has them."""
+        return {
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "sources": [source.as_dict() for source in self.sources],
+            "template": None if self.template is None else asdict(self.template),
+            "cost": None if self.cost is None else asdict(self.cost),
+        }
+
     def as_text(self, color: bool = False, bars: bool = True) -> str:
         """The audit as text for a terminal.
 
@@ -42,14 +54,8 @@ class Audit:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes ``audit.json`` and ``audit.html`` into a folder. Returns their paths."""
-        facts = {
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
-            "sources": [source.as_dict() for source in self.sources],
-            "template": None if self.template is None else asdict(self.template),
-            "cost": None if self.cost is None else asdict(self.cost),
-        }
         texts = {
-            "audit.json": json.dumps(facts, ensure_ascii=False, indent=2) + "\n",
+            "audit.json": json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n",
             "audit.html": as_page(self.verdicts, self.sources, self.template, self.cost),
         }
         paths = []
@@ -87,11 +93,23 @@ def audit_data(data: PreferenceDataModule, model: DPOModule | None = None, progr
         loaded = replace(loading, on_bad_row="drop").load(
             tokenizer, trains=True, evaluates=False, progress_bar=progress_bar
         )
+    found = audit_of(loaded, tokenizer, loading.filters)
+    every = [first, *found.verdicts] if first else found.verdicts
+    return replace(found, verdicts=every, cost=_cost(loaded, data, model))
+
+
+def audit_of(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, filters: Filters) -> Audit:
+    """The audit of data that is loaded, without the cost.
+
+    Args:
+        loaded: The data, with training pairs.
+        tokenizer: Its tokenizer.
+        filters: What is left out.
+    """
     sources = facts_of(loaded)
     assert loaded.train is not None
     template = template_facts(loaded.train, tokenizer)
-    found = verdicts(sources, template, loading.filters)
-    return Audit([first, *found] if first else found, sources, template, _cost(loaded, data, model))
+    return Audit(verdicts(sources, template, filters), sources, template, None)
 
 
 def _cost(loaded: Loaded, data: PreferenceDataModule, model: DPOModule | None) -> Cost | None:

@@ -1,4 +1,6 @@
-"""A base model's name ──► its tokenizer."""
+"""A base model's name ──► its tokenizer, and the text of each of its tokens."""
+
+from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -48,3 +50,29 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "apart. Use an instruction-tuned model, set data.chat_template to a template or its file, or set "
             "data.pretemplated=true if the texts are rendered already."
         )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """The text of each token. Joined, the texts are what the tokens say together.
+
+    A token on its own may be half of a character, and some tokenizers drop the blank before a word that begins a text.
+    The text of a character of several tokens stands at the last of them; the others have none.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The tokens, (N,).
+        before: Tokens before them.
+    """
+    texts = []
+    context = [*before][-4:]
+    known, every = len(context), [*context, *ids]
+    start = 0
+    for end in range(known + 1, len(every) + 1):
+        said = str(tokenizer.decode(every[start:end], clean_up_tokenization_spaces=False))
+        if said.endswith("\ufffd") and end < len(every) and end - known < 8:  # half of a character
+            texts.append("")
+            continue
+        earlier = str(tokenizer.decode(every[start:known], clean_up_tokenization_spaces=False)) if known > start else ""
+        texts.append(said[len(earlier) :])
+        start, known = known, end
+    return texts

@@ -9,6 +9,7 @@ from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.model_summary import ParameterSummary
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.progress import StepProgress
+from lit_dpo.callbacks.report import RunReport
 from lit_dpo.callbacks.samples import ComparisonSamples
 from lit_dpo.callbacks.summary import RunSummary
 
@@ -22,6 +23,7 @@ __all__ = [
     "LastCheckpoint",
     "ParameterSummary",
     "PredictionWriter",
+    "RunReport",
     "RunSummary",
     "StepProgress",
 ]

@@ -136,7 +136,7 @@ class RunSummary(Callback):
             "limits": {
                 name: limit for name in LIMITS if repr(limit := getattr(trainer, name)) != "1.0"
             },  # 1 is a batch
-            "data": getattr(data, "report", []),
+            "data": getattr(getattr(data, "loaded", None), "report", []),
             "before": self.before,
             "after": self.after,
             "intervals": self.intervals,

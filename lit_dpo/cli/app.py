@@ -125,6 +125,8 @@ class DPOCLI(LightningCLI):
                 command.add_function_arguments(function_of(name), skip=set(GIVEN))
             elif name in OWN:
                 command = self.init_parser(**options)
+                for several in _several(function_of(name)):
+                    command.add_argument(several, nargs="+", help="One or more of them, after the command.")
                 command.add_function_arguments(function_of(name))
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
@@ -284,7 +286,14 @@ class DPOCLI(LightningCLI):
         config, function = self.config_init[subcommand], function_of(subcommand)
         taken = self._taken()
         arguments = {name: config[name] for name in inspect.signature(function).parameters if name not in taken}
-        function(**arguments, **{name: GIVEN[name](self, config) for name in taken})
+        several = [value for name in _several(function) for value in arguments.pop(name)]
+        function(*several, **arguments, **{name: GIVEN[name](self, config) for name in taken})
+
+
+def _several(function: Callable[..., Any]) -> list[str]:
+    """The name of the parameter ``*name`` of a function, if it has one: its values are given without a dash."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_POSITIONAL]
 
 
 def main(args: list[str] | None = None) -> None:

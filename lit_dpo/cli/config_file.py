@@ -1,6 +1,8 @@
 """The ``config.yaml`` that a run leaves: without secrets, and beside those of earlier starts of the same run."""
 
+import inspect
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_dpo.files.atomic import write_json
 from lit_dpo.files.secrets import remove_secrets
+from lit_dpo.report.content import flatten
+from lit_dpo.report.evidence import CHANGED, FOLDER
 from lit_dpo.training.run_dir import run_dir
 
 
 class SaveFitConfig(SaveConfigCallback):
     """Saves ``config.yaml`` only for ``fit``, so that a later ``validate`` cannot overwrite it.
+
+    What differs from the defaults goes to ``evidence/changed.json``, for the report.
 
     Secrets, such as a logger's ``api_key``, are left out.
     """
@@ -26,8 +33,47 @@ class SaveFitConfig(SaveConfigCallback):
         path = run_dir(trainer) / self.config_filename
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(without_secrets(self.config), str(path), skip_none=False, overwrite=True)
+            config = without_secrets(self.config)
+            self.parser.save(config, str(path), skip_none=False, overwrite=True)
+            defaults = self.parser.get_defaults(skip_validation=True)
+            write_json(path.parent / FOLDER / CHANGED, changed_settings(config.as_dict(), defaults.as_dict()))
         self.already_saved = True
+
+
+def changed_settings(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the defaults, by dotted name.
+
+    Of a class that is not the default one, its arguments are compared with its own defaults. ``loftq_config`` is left
+    out: it is always spelled out.
+    """
+    given, usual = flatten(config), flatten(defaults)
+    for name, class_path in given.items():
+        if name.endswith(".class_path") and usual.get(name) != class_path:
+            prefix = f"{name.removesuffix('class_path')}init_args."
+            usual |= {f"{prefix}{key}": value for key, value in _own_defaults(class_path).items()}
+    return {
+        name: value
+        for name, value in given.items()
+        if name != "config"
+        and ".loftq_config." not in name
+        and not (name in usual and _alike(usual[name], value))
+        and value not in ({}, [])
+    }
+
+
+def _own_defaults(class_path: Any) -> dict[str, Any]:
+    """The defaults in the signature of a class, which a configuration has imported already; none if it is unknown."""
+    module, _, name = str(class_path).rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    if kind is None:
+        return {}
+    parameters = inspect.signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two settings are the same; a tuple is written as a list."""
+    return first == second or str(first).replace("(", "[").replace(")", "]") == str(second)
 
 
 def check_folder(trainer: Trainer, ckpt_path: Any) -> None:

@@ -19,6 +19,7 @@ from lit_dpo.callbacks import (
     HeldOutIntervals,
     LastCheckpoint,
     PredictionWriter,
+    RunReport,
     RunSummary,
     StepProgress,
 )
@@ -35,6 +36,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "predictions": PredictionWriter,
     "intervals": HeldOutIntervals,
     "answers": HeldOutAnswers,
+    "report": RunReport,
 }
 DEFAULTS: dict[str, Any] = {
     "model.objective": {"class_path": "lit_dpo.objectives.Sigmoid"},

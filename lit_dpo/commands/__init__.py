@@ -1,7 +1,7 @@
 """The commands of ``python -m lit_dpo``: those of Lightning's Trainer, and our own, one file each.
 
 A command of ours is a function with the name of its file. Its arguments and its docstring are its options and their
-help. To add one, write the file and add a line to ``DESCRIPTIONS`` and a name to ``OWN``.
+help. To add one, write the file and add a line to ``DESCRIPTIONS``.
 """
 
 import importlib
@@ -19,9 +19,11 @@ DESCRIPTIONS = {
     "chat": "Talk to the base, the aligned model, or both, in the terminal.",
     "judge": "Let a judge compare the answers of two models: win rate, with and without length.",
     "evaluate": "Ask base and aligned model the tasks of lm-evaluation-harness.",
+    "explain": "Show which words of a pair the preference was learned from.",
+    "report": "Write the report of a run, or of several on one page.",
     "export": "Write the adapter, a merged model or a GGUF file, with a model card, checked.",
 }
-OWN = ("audit", "prepare", "generate", "chat", "judge", "evaluate", "export")  # the others are methods of the Trainer
+OWN = tuple(DESCRIPTIONS)[4:]  # the first four are methods of the Trainer
 LIKE_FIT = ("audit", "prepare")  # ours that take the options of fit, and get what they build
 
 

@@ -24,6 +24,7 @@ class PairTable:
         scores: Score of the chosen response minus that of the rejected one in the data, (P,); NaN without scores.
         groups: Value of the column ``data.group_by``, P entries; empty if there is none.
         sources: Name of each pair's source, P entries; empty if there is one source.
+        origins: Source, in full, and row of each pair, P entries; empty if they are not known.
     """
 
     values: dict[str, np.ndarray]
@@ -32,6 +33,7 @@ class PairTable:
     scores: np.ndarray
     groups: tuple[str, ...]
     sources: tuple[str, ...]
+    origins: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -98,4 +100,5 @@ def _table(rows: np.ndarray, origins: list[tuple[int, int]], pairs: PairDataset)
         pairs.score_differences()[where],
         tuple(groups[place] for place in where) if groups else (),
         tuple(sources[place] for place in where) if sources else (),
+        tuple((pairs.parts[origins[place][0]].source, origins[place][1]) for place in order),
     )

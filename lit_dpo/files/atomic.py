@@ -32,12 +32,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Writes plain values as JSON. Numbers that are not finite, for which JSON has no form, become null."""
     with atomic_write(path) as beside:
-        beside.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(finite(content), indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same nested plain values with None for numbers that are not finite."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

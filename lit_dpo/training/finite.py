@@ -62,6 +62,7 @@ class FiniteSteps(Callback):
         step = pl_module.step
         means = pl_module.train_metrics.compute(grad_norm=_gradient_norm(optimizer))
         step.means = {name: value.item() for name, value in means.items()}
+        step.means["learning_rate"] = float(optimizer.param_groups[0]["lr"])
         norm = step.means["grad_norm"]
         step.finite = math.isfinite(step.means["loss"]) and (math.isfinite(norm) or _may_overflow(trainer))
         step.taken = math.isfinite(norm) and step.finite

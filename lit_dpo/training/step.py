@@ -47,7 +47,9 @@ class OptimizerStep:
 
     Attributes:
         batches: The batches of the step so far.
-        means: Metrics of the last step over all ranks, and ``grad_norm``, the norm of its gradient before clipping.
+        latest: The last batch, of training or of an evaluation; None before the first.
+        means: Metrics of the last step over all ranks, with ``grad_norm``, the norm of its gradient before clipping,
+            and ``learning_rate``, that of the first group of parameters.
         taken: Whether the optimizer changed the weights at the last step.
         finite: Whether loss and gradient of the last step were finite. A GradScaler also skips steps whose gradient
             overflows. Such a step is not taken, but it counts as finite.
@@ -55,9 +57,16 @@ class OptimizerStep:
 
     def __init__(self) -> None:
         self.batches: list[BatchRecord] = []
+        self.latest: BatchRecord | None = None
         self.means: dict[str, float] = {}
         self.taken = self.finite = True
         self._steps_before = 0
+
+    def add(self, record: BatchRecord, *, trains: bool) -> None:
+        """Adds a batch: to the step, if it trains, and as the latest one."""
+        self.latest = record
+        if trains:
+            self.batches.append(record)
 
     def start_batch(self, trainer: Trainer) -> None:
         """Called before each batch."""

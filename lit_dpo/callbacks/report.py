@@ -1,0 +1,176 @@
+"""RunReport: keeps what tells what a run learned, and writes its report at the end."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_dpo.audit.run import Audit, audit_of
+from lit_dpo.data.loading import Loaded
+from lit_dpo.evaluation.table import PairTable, TableCollector
+from lit_dpo.files.atomic import write_json
+from lit_dpo.files.console import say
+from lit_dpo.policy.sharding import num_parameters
+from lit_dpo.report.evidence import FACTS, FOLDER, PAIRS, TOKENS, WARNINGS, TokenCollector, pair_lines, write_lines
+from lit_dpo.report.run import write_report
+from lit_dpo.training.run_dir import run_dir
+
+
+class RunReport(Callback):
+    """Writes ``report.html`` and ``report.json`` at the end of training, and what they are made from to ``evidence/``.
+
+    ``python -m lit_dpo report RUN`` makes them again, also of a run that was interrupted, and of several runs together.
+
+    Args:
+        num_pairs: Number of held-out pairs whose tokens are kept: so many of the best, of the worst and of the most
+            changed each; 0 for none.
+        audit: Whether to audit the data too.
+    """
+
+    def __init__(self, num_pairs: int = 4, audit: bool = True) -> None:
+        if num_pairs < 0:
+            raise ValueError(f"report.num_pairs must be at least 0, not {num_pairs}.")
+        self.num_pairs, self.audit = num_pairs, audit
+        self._table, self._tokens = TableCollector(), TokenCollector(num_pairs)
+        self._before: PairTable | None = None
+        self._warnings: KeptWarnings | None = None
+        self._writes = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier run, and begins to keep warnings."""
+        self._writes = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self._writes:
+            self._before = None
+            self._warnings = KeptWarnings(trainer, run_dir(trainer) / FOLDER)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps no more warnings."""
+        if self._warnings is not None:
+            self._warnings.stop()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Audits the data that the run reads."""
+        data: Any = getattr(trainer, "datamodule", None)
+        loaded = getattr(data, "loaded", None)
+        folder = run_dir(trainer)
+        if self._writes and self.audit and trainer.is_global_zero and isinstance(loaded, Loaded) and loaded.train:
+            found: Audit = audit_of(loaded, pl_module.tokenizer, data.loading.filters)
+            found.save(folder / FOLDER)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts empty tables."""
+        self._table.start()
+        self._tokens.start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds a batch."""
+        if self._writes and hasattr(pl_module, "step"):
+            self._table.add(pl_module, batch)
+            if not trainer.sanity_checking:
+                self._tokens.add(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes the held-out pairs as they are now.
+
+        Collective, so it comes after ``KeepInStep`` has made up for batches that this process does not have.
+        """
+        if not self._writes:
+            return
+        folder = run_dir(trainer) / FOLDER
+        pairs = getattr(getattr(trainer, "datamodule", None), "val_pairs", None)
+        table = self._table.finish(trainer, pairs)
+        views = self._tokens.finish(trainer, pl_module.tokenizer)
+        if table is None:
+            return
+        if trainer.sanity_checking:
+            self._before = table if trainer.num_sanity_val_batches == trainer.num_val_batches else None
+            return
+        write_lines(folder / PAIRS, pair_lines(self._before, table))
+        write_lines(folder / TOKENS, (view.to_dict() for view in views))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes what only the trained model tells."""
+        folder = run_dir(trainer)
+        if self._writes and trainer.is_global_zero:
+            write_json(folder / FOLDER / FACTS, _facts(pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the warnings of a run that ends here; Lightning calls no ``teardown`` then."""
+        if self._warnings is not None:
+            self._warnings.stop()
+            if trainer.is_global_zero and self._warnings.kept:
+                write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the report. What goes wrong with it never spoils the run."""
+        folder = run_dir(trainer)
+        if not self._writes or not trainer.is_global_zero:
+            return
+        if self._warnings is not None:
+            write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
+        for logger in trainer.loggers:
+            logger.save()  # the last lines of metrics.csv
+        try:
+            say(f"  {'report.html':<14}what was learned: {write_report([folder], folder)[0]}")
+        except Exception as error:
+            rank_zero_warn(f"report.html cannot be written: {type(error).__name__}: {error}")
+
+
+class KeptWarnings:
+    """Keeps each warning that is shown, with its number and the step of the first.
+
+    Args:
+        trainer: Tells the step.
+        folder: Where they are to be written.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.kept: dict[str, dict[str, Any]] = {}
+        self.folder, self._trainer, self._show = folder, trainer, warnings.showwarning
+        warnings.showwarning = self._keep
+
+    def stop(self) -> None:
+        """Shows warnings as before."""
+        if warnings.showwarning == self._keep:  # else somebody else has taken it over
+            warnings.showwarning = self._show
+
+    def _keep(self, message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:
+        text = str(message)
+        found = self.kept.setdefault(
+            text, {"message": text, "category": category.__name__, "step": self._trainer.global_step, "count": 0}
+        )
+        found["count"] += 1
+        self._show(message, category, *args, **options)
+
+
+def _facts(module: Any) -> dict[str, Any]:
+    """What a trained model tells of itself, in plain values."""
+    zero = [
+        name.partition(".lora_B")[0]
+        for name, weight in module.named_parameters()
+        if ".lora_B." in name and weight.requires_grad and not bool(weight.detach().any())
+    ]
+    total = sum(".lora_B." in name and weight.requires_grad for name, weight in module.named_parameters())
+    trained, parameters = num_parameters(module.model)
+    return {
+        "base": module.base,
+        "objective": type(module.objective).__name__,
+        "objective_settings": module.objective.extra_repr(),
+        "uses_reference": module.reference.exists,
+        "starts_at_reference": isinstance(module.reference_choice, str) and module.reference.exists,
+        "trained_parameters": trained,
+        "parameters": parameters,
+        "adapters": total,
+        "adapters_zero": len(zero),
+        "adapters_zero_names": zero[:5],
+    }
