@@ -14,6 +14,7 @@ from lit_dpo.report.quantities import calibration
 
 MOST_DROP = 0.5  # nats per token, as CollapseGuard
 LENGTH_CORRELATION = 0.5  # |r| of margin and difference of lengths
+LEAD_LEFT = 0.5  # of the accuracy's lead over chance, once lengths are controlled
 LOSS_RISE = 0.05  # share of the best held-out loss
 ACCURACY_GAP = 0.2  # of training over held-out pairs
 START_KL = 0.02  # nats per token; bfloat16 alone gives about 0.005
@@ -115,7 +116,7 @@ def _length(run: Run) -> Iterator[Diagnosis]:
         return
     rule = max(longer.value, 1 - longer.value)
     which = "longer" if longer.value > 0.5 else "shorter"
-    source = "the interval; Park et al. 2024, arXiv:2403.19159, on length exploitation of DPO"
+    source = "less than half of the lead over chance is left; Park et al. 2024, arXiv:2403.19159, on length in DPO"
     remedy = (
         "Train and test on pairs of similar length, or choose an objective that weighs length less: "
         "SimPO, LDDPO, SigmoidNorm."
@@ -129,7 +130,7 @@ def _length(run: Run) -> Iterator[Diagnosis]:
             remedy,
             source,
         )
-    elif not controlled.low > 0.5:
+    elif not controlled.low > 0.5 and controlled.value - 0.5 < LEAD_LEFT * (accuracy.value - 0.5):
         yield Diagnosis(
             "warning",
             "length_exploitation",

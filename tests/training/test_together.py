@@ -187,7 +187,8 @@ def split_on_one_gpu(rank: int, base: str, store: str) -> None:
     from lit_dpo.policy.precision import quantization_for
 
     place["quantization"] = quantization_for("nf4", torch.bfloat16)
-    whole = tiny_policy(base, **place)
+    # A split base is quantized on the CPU, which rounds a few weights to the other side than a GPU.
+    whole = tiny_policy(base, **{**place, "device": torch.device("cpu")}).to(place["device"])
     split = tiny_policy(base, mesh=init_device_mesh("cuda", (2,)), **place)
     batch: PairBatch = whole._small_batch(place["device"])
     results = []

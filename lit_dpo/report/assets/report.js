@@ -17,6 +17,18 @@ function plot(canvas, label, options) {
   canvas.replaceChildren(chart);
 }
 
+function legend(canvas, keys) {
+  const line = canvas.parentElement.querySelector(".legend") || document.createElement("p");
+  line.className = "legend";
+  line.replaceChildren(...keys.map(([name, color]) => {
+    const key = document.createElement("span");
+    key.style.setProperty("--c", color);
+    key.textContent = name;
+    return key;
+  }));
+  canvas.before(line);
+}
+
 function smoothed(values, weight) {
   let mean = 0, known = 0;
   return values.map((value) => {
@@ -56,17 +68,14 @@ function curve(figure, canvas) {
     }
   }
   if (!raw.length) { canvas.textContent = "Nothing logged."; return; }
-  const legend = !many && ends.length > 1;
+  legend(canvas, many ? [] : ends.map(({ label, stroke }) => [label, stroke]));
   plot(canvas, `${chart.title}: ${said.join("; ")}`, {
     x: { label: "step", type: logarithmic ? "log" : "linear", ticks: 5, tickFormat: logarithmic ? ".0s" : undefined },
-    y: { label: null, grid: true, ticks: 5, nice: true, tickFormat: (value) => short(value) }, marginTop: legend ? 24 : 14,
+    y: { label: null, grid: true, ticks: 5, nice: true, tickFormat: (value) => short(value) },
     marks: [...marks,
-      ...(legend ? ends.map((end, i) => Plot.text([end.label], { frameAnchor: "top-left", dx: 4 + i * 84, dy: -20,
-        text: (name) => `● ${name}`, fill: end.stroke, fontWeight: 600, className: "label" })) : []),
       Plot.tip(raw, Plot.pointer({ x: "step", y: "smooth", title: (point) =>
         `${point.name}\nstep ${Math.round(logarithmic ? point.step - 1 : point.step)}: ${short(point.value)}` }))],
   });
-  for (const text of canvas.querySelectorAll("g.label text, text.label")) text.style.fill = text.getAttribute("fill");
 }
 
 function histogram(figure, canvas) {
@@ -82,19 +91,16 @@ function histogram(figure, canvas) {
     const outline = before.flatMap((bar) => [{ x: bar.low, y: bar.count }, { x: bar.high, y: bar.count }]);
     marks.push(Plot.line(outline, { x: "x", y: "y", stroke: "var(--orange)", strokeWidth: 2 }));
   }
-  const keys = [["after", "var(--blue)"], ...(found.before ? [[spread ? "before" : "before: all at one value", "var(--orange)"]] : [])];
+  legend(canvas, [...(found.before ? [[spread ? "before" : "before: all alike", "var(--orange)"]] : []), ["after", "var(--blue)"]]);
   if (found.before && !spread) {
     const at = found.before.findIndex((count) => count > 0);
     marks.push(Plot.ruleX([(found.edges[at] + found.edges[at + 1]) / 2], { stroke: "var(--orange)", strokeWidth: 2.5 }));
   }
   plot(canvas, `Histogram of ${total} pairs from ${short(found.edges[0])} to ${short(found.edges[found.edges.length - 1])}`, {
-    x: { label: null, ticks: 5 }, y: { label: "pairs", grid: true, ticks: 4, labelAnchor: "top" }, marginTop: 26,
+    x: { label: null, ticks: 5 }, y: { label: "pairs", grid: true, ticks: Math.min(4, Math.max(...found.after)), labelAnchor: "top" }, marginTop: 26,
     marks: [...marks, ...(found.edges[0] < 0 && found.edges[found.edges.length - 1] > 0 ? [Plot.ruleX([0],
-      { stroke: "var(--ink)", strokeDasharray: "3 3" })] : []), Plot.ruleY([0], { stroke: "var(--line)" }),
-      ...keys.map(([name, fill], i) => Plot.text([name], { frameAnchor: "top-right", dy: -22, dx: -i * 60,
-        text: (key) => `● ${key}`, fill, fontWeight: 600, className: "label" }))],
+      { stroke: "var(--ink)", strokeDasharray: "3 3" })] : []), Plot.ruleY([0], { stroke: "var(--line)" })],
   });
-  for (const text of canvas.querySelectorAll("g.label text")) text.style.fill = text.closest("[fill]").getAttribute("fill");
 }
 
 function calibration(figure, canvas) {
@@ -159,10 +165,9 @@ function cumulative(figure, canvas) {
         stroke: ink[side], strokeWidth: 2.2, strokeDasharray: side === "rejected" ? "6 3" : null })),
       ...(place ? [Plot.ruleX([place.i + 1], { stroke: "var(--ink)" })] : []),
       ...ends.map((end) => Plot.text([end], { x: "i", y: "sum", text: "side", dx: 8, textAnchor: "start", fontWeight: 600,
-        fill: ink[end.side], className: "label" })),
+        fill: ink[end.side] })),
       Plot.tip(points, Plot.pointer({ x: "i", y: "sum", title: (p) => `${p.side}, after ${p.i} tokens\n${short(p.sum)}` }))],
   });
-  for (const text of canvas.querySelectorAll("g.label text")) text.style.fill = text.closest("[fill]").getAttribute("fill");
 }
 
 const kinds = { curve, histogram, calibration, groups, frontier, cumulative };
