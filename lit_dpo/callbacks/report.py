@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lit_dpo.audit.run import Audit, audit_of
 from lit_dpo.data.loading import Loaded
@@ -13,8 +14,20 @@ from lit_dpo.evaluation.table import PairTable, TableCollector
 from lit_dpo.files.atomic import write_json
 from lit_dpo.files.console import say
 from lit_dpo.policy.sharding import num_parameters
-from lit_dpo.report.evidence import FACTS, FOLDER, PAIRS, TOKENS, WARNINGS, TokenCollector, pair_lines, write_lines
+from lit_dpo.report.evidence import (
+    DYNAMICS,
+    FACTS,
+    FOLDER,
+    PAIRS,
+    TOKENS,
+    WARNINGS,
+    TokenCollector,
+    pair_lines,
+    write_lines,
+)
 from lit_dpo.report.run import write_report
+from lit_dpo.report.tokens import rewards_of
+from lit_dpo.training.ranks import gather_objects
 from lit_dpo.training.run_dir import run_dir
 
 
@@ -36,13 +49,14 @@ class RunReport(Callback):
         self._table, self._tokens = TableCollector(), TokenCollector(num_pairs)
         self._before: PairTable | None = None
         self._warnings: KeptWarnings | None = None
+        self._margins: list[tuple[Any, Tensor]] = []  # origins and margins of each batch
         self._writes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run, and begins to keep warnings."""
         self._writes = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._writes:
-            self._before = None
+            self._before, self._margins = None, []
             self._warnings = KeptWarnings(trainer, run_dir(trainer) / FOLDER)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -98,11 +112,24 @@ class RunReport(Callback):
         write_lines(folder / PAIRS, pair_lines(self._before, table))
         write_lines(folder / TOKENS, (view.to_dict() for view in views))
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the margins of the batch's pairs, where they are: reading them would wait for a GPU."""
+        record = getattr(getattr(pl_module, "step", None), "latest", None)
+        if self._writes and record is not None:
+            margins = rewards_of(record, pl_module.objective).margins
+            self._margins.append((record.batch.origins, margins.detach()))
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Writes what only the trained model tells."""
+        """Writes what only the trained model tells, and the margins of the training pairs."""
         folder = run_dir(trainer)
-        if self._writes and trainer.is_global_zero:
+        if not self._writes:
+            return
+        own = [(origins, margins.tolist()) for origins, margins in self._margins]
+        self._margins = []
+        parts = gather_objects(trainer, own)
+        if trainer.is_global_zero:
             write_json(folder / FOLDER / FACTS, _facts(pl_module))
+            write_lines(folder / FOLDER / DYNAMICS, _by_pair(parts))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the warnings of a run that ends here; Lightning calls no ``teardown`` then."""
@@ -121,7 +148,8 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.save()  # the last lines of metrics.csv
         try:
-            say(f"  {'report.html':<14}what was learned: {write_report([folder], folder)[0]}")
+            write_report([folder], folder)
+            say(f"  {'report.html':<14}what it learned, as a page for a browser")
         except Exception as error:
             rank_zero_warn(f"report.html cannot be written: {type(error).__name__}: {error}")
 
@@ -151,6 +179,16 @@ class KeptWarnings:
         )
         found["count"] += 1
         self._show(message, category, *args, **options)
+
+
+def _by_pair(parts: list[list[tuple[Any, list[float]]]]) -> list[dict[str, Any]]:
+    """The margins of each training pair in the order in which it was seen, one an epoch, from those of all ranks."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for rank in parts:
+        for origins, margins in rank:
+            for origin, margin in zip(origins, margins, strict=True):
+                found.setdefault(tuple(origin), []).append(margin)
+    return [{"source": source, "row": row, "margins": margins} for (source, row), margins in sorted(found.items())]
 
 
 def _facts(module: Any) -> dict[str, Any]:

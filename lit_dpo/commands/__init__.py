@@ -20,6 +20,7 @@ DESCRIPTIONS = {
     "judge": "Let a judge compare the answers of two models: win rate, with and without length.",
     "evaluate": "Ask base and aligned model the tasks of lm-evaluation-harness.",
     "explain": "Show which words of a pair the preference was learned from.",
+    "suspects": "Rank the training pairs whose label the model contradicts, to keep, flip or drop them.",
     "report": "Write the report of a run, or of several on one page.",
     "export": "Write the adapter, a merged model or a GGUF file, with a model card, checked.",
 }

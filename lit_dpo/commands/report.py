@@ -13,6 +13,5 @@ def report(*runs: str, output: str | None = None) -> None:
         runs: Folders of runs, such as ``runs/NAME/version_0``; of ``runs/NAME`` the last version.
         output: Folder for the two files; by default that of the run, or ``report`` for several runs.
     """
-    folder = output or (runs[0] if len(runs) == 1 else "report")
-    for path in write_report(runs, Path(folder)):
+    for path in write_report(runs, None if output is None else Path(output)):
         say(f"Wrote {path}")

@@ -1,6 +1,7 @@
 """Held-out pairs of an evaluation ──► what a run leaves of them in its folder, for its report.
 
-``held_out.jsonl`` has a line a pair, before and after training; ``tokens.jsonl`` has the tokens of a few of them.
+``held_out.jsonl`` has a line a pair, before and after training; ``tokens.jsonl`` has the tokens of a few of them;
+``dynamics.jsonl`` has the margins of training pairs, one an epoch.
 """
 
 import json
@@ -19,7 +20,8 @@ from lit_dpo.training.metrics import PreferenceMetrics
 from lit_dpo.training.ranks import gather_objects
 
 FOLDER = "evidence"  # in the folder of a run
-PAIRS, TOKENS, WARNINGS, FACTS, CHANGED = "held_out.jsonl", "tokens.jsonl", "warnings.jsonl", "run.json", "changed.json"
+PAIRS, TOKENS, WARNINGS, DYNAMICS = "held_out.jsonl", "tokens.jsonl", "warnings.jsonl", "dynamics.jsonl"
+FACTS, CHANGED = "run.json", "changed.json"
 CHOICES: dict[str, Callable[[PairTokens], float]] = {  # pairs whose tokens are kept: those with the greatest value
     "best": lambda one: one.margin,
     "worst": lambda one: -one.margin,

@@ -6,8 +6,10 @@ folds share one base in memory and one cache of reference log-probs.
 """
 
 import importlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +20,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from lit_dpo.data.loading import Loaded
 from lit_dpo.data.pairs import PairDataset
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.evaluation.table import TableCollector
@@ -129,21 +130,6 @@ class _Measure(Callback):
         self.prompts = table.prompts
 
 
-def training_data(trained: Trained) -> Loaded:
-    """The pairs that a model was trained on and those held out, as its checkpoint tells.
-
-    Raises:
-        ValueError: If the checkpoint does not tell, or if the pairs were a stream.
-    """
-    arguments = {key: value for key, value in trained.data.items() if not key.startswith("_")}
-    if arguments.get("source") is None:
-        raise ValueError("The checkpoint does not tell its data. Train with data.source as a name, a file or a folder.")
-    if arguments.get("streaming"):
-        raise ValueError("The training pairs were a stream, which is not kept. Give a run without data.streaming.")
-    data = PreferenceDataModule(**{**arguments, "tokenizer": trained.tokenizer})
-    return data.loading.load(data.load_tokenizer(), trains=True, evaluates=False, progress_bar=True)
-
-
 def fold_numbers(pairs: PairDataset, number: int, seed: int) -> np.ndarray:
     """The fold of each pair, (P,). Pairs of the same prompt are in the same fold.
 
@@ -203,20 +189,20 @@ def cross_fitted(
             data = FoldData(train.select(~inside), val, **arguments)
             measure = _Measure(bar, start)
             torch.manual_seed(how.seed)
-            trainer = Trainer(
-                max_epochs=how.epochs,
-                val_check_interval=1 / how.checks,
-                limit_val_batches=1.0,
-                num_sanity_val_steps=0,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[measure],
-                **settings,
-            )
-            trainer.fit(module, data)
+            with _quiet():
+                trainer = Trainer(
+                    max_epochs=how.epochs,
+                    val_check_interval=1 / how.checks,
+                    num_sanity_val_steps=0,
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    callbacks=[measure],
+                    **settings,
+                )
+                trainer.fit(module, data)
             kept = measure.margins[-values.shape[1] :]
             values[inside] = np.stack([margins[: len(measured)] for margins in kept], axis=1)
             if held_out is not None:
@@ -225,6 +211,18 @@ def cross_fitted(
                 prompts = measure.prompts[len(measured) :]
     rank_zero_info(f"Cross-fitted {len(train)} pairs in {how.folds} folds, {time.monotonic() - began:.0f} s.")
     return Margins(values, np.mean(of_trusted, axis=0) if of_trusted else np.zeros(0), prompts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this context Lightning tells nothing of its Trainer, which would break the progress bar's line."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def stored_optimizer(stored: Any) -> Callable[[Any], torch.optim.Optimizer]:

@@ -37,8 +37,17 @@ def token_page(view: TokenView) -> str:
     return _rendered("tokens.html.jinja", content)
 
 
-def _rendered(template: str, content: dict[str, Any]) -> str:
-    scripts = [asset(name) for name in SCRIPTS]
+def review_page(content: dict[str, Any]) -> str:
+    """The page on which suspicious pairs are kept, flipped or dropped.
+
+    Args:
+        content: What ``save_suspects`` gives.
+    """
+    return _rendered("suspects.html.jinja", content, (*SCRIPTS, "suspects.js"))
+
+
+def _rendered(template: str, content: dict[str, Any], names: tuple[str, ...] = SCRIPTS) -> str:
+    scripts = [asset(name) for name in names]
     return (
         templates()
         .get_template(template)

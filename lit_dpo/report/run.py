@@ -12,12 +12,12 @@ from lit_dpo.report.page import as_page
 FILENAMES = ("report.html", "report.json")
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path) -> list[Path]:
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
     """Writes the report of one run, or of several on one page.
 
     Args:
         runs: Folders of runs.
-        output: Folder for the two files.
+        output: Folder for the two files; by default that of the run, or ``report`` for several runs.
 
     Returns:
         Paths of page and JSON.
@@ -36,7 +36,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> list[Path]:
         as_page(content),
         json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n",
     )
-    written = [Path(output) / name for name in FILENAMES]
+    folder = Path(output) if output is not None else found[0].path if len(found) == 1 else Path("report")
+    written = [folder / name for name in FILENAMES]
     for path, text in zip(written, texts, strict=True):
         with atomic_write(path) as beside:
             beside.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -23,7 +23,7 @@ class FlippedShare:
     """How many labels are wrong, in two ways that assume different things."""
 
     by_trusted: Estimate | None  # held-out labels are right
-    by_confidence: Estimate  # the model is right where it is surest
+    by_confidence: Estimate  # the model is right where it is surest; NaN if it is no better than chance
     accuracy: Estimate  # of the labels, by models that did not see them
     trusted_accuracy: Estimate | None
 
@@ -98,11 +98,17 @@ def flipped_share(
     ]
     sums = sums_by_prompt(np.stack(columns, 1).astype(np.float64), prompts)
     found = resampling.estimate(sums, {"accuracy": ratio(0, 1), "confidence": ratio(2, 3)})
+    number = len(sums)
+    found = {name: one.of_share(number, resampling.level) for name, one in found.items()}
+    if not ranking.scale:  # all probabilities are one half: the model knows nothing of the labels
+        found["confidence"] = Estimate(np.nan, np.nan, np.nan)
     if len(trusted) < 2:
         return FlippedShare(None, found["confidence"], found["accuracy"], None)
     right_there = np.where(trusted == 0, 0.5, trusted > 0)
     theirs = sums_by_prompt(np.stack([right_there, np.ones_like(right_there)], 1), trusted_prompts)
-    accuracy = resampling.estimate(theirs, {"accuracy": ratio(0, 1)})["accuracy"]
+    accuracy = resampling.estimate(theirs, {"accuracy": ratio(0, 1)})["accuracy"].of_share(
+        len(theirs), resampling.level
+    )
     # Two independent samples: the same number of draws of each, paired in any order
     generator = np.random.default_rng(resampling.seed)
     draws = []

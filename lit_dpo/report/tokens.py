@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base.tokenizer import token_texts
 from lit_dpo.data.tokenization import TokenizedPair
-from lit_dpo.objectives import Objective
+from lit_dpo.objectives import Objective, Rewards
 from lit_dpo.training.step import BatchRecord
 
 
@@ -79,6 +79,13 @@ class TokenView:
         return cls(**{**values, "chosen": chosen, "rejected": rejected})
 
 
+def rewards_of(record: BatchRecord, objective: Objective) -> Rewards:
+    """The implicit rewards of a batch, also without a reference."""
+    policy = record.policy
+    nothing = policy._replace(chosen=policy.chosen * 0, rejected=policy.rejected * 0)
+    return objective.rewards(policy, nothing if record.reference is None else record.reference)
+
+
 def pair_tokens(record: BatchRecord, objective: Objective, places: Sequence[int]) -> list[PairTokens]:
     """What was measured at the tokens of some pairs of a batch. Of a ranked list, the best and the worst response.
 
@@ -89,11 +96,7 @@ def pair_tokens(record: BatchRecord, objective: Objective, places: Sequence[int]
     """
     if not places:
         return []
-    policy, reference = record.policy, record.reference
-    against = (
-        policy._replace(chosen=policy.chosen * 0, rejected=policy.rejected * 0) if reference is None else reference
-    )
-    rewards = objective.rewards(policy, against)
+    policy, reference, rewards = record.policy, record.reference, rewards_of(record, objective)
     chosen, rejected = rewards.chosen.tolist(), rewards.rejected.tolist()
     assert policy.responses is not None
     values = [policy.responses.token_logps.float().cpu().numpy()]

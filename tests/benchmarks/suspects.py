@@ -22,7 +22,8 @@ from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.table import PairTable, TableCollector
 from lit_dpo.evaluation.trained import find_checkpoint
 from lit_dpo.policy.precision import precision_for
-from lit_dpo.report.folds import CrossFit, cross_fitted, training_data
+from lit_dpo.report.folds import CrossFit, cross_fitted
+from lit_dpo.report.labels import load_training
 from lit_dpo.report.suspects import flipped_share, rank
 
 
@@ -121,14 +122,14 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     path, of_noisy = fit(args, work / "noisy", noisy, held_out)
     seconds = {"noisy": time.monotonic() - start}
     trained = find_checkpoint(path)
-    loaded = training_data(trained)
-    assert loaded.train is not None
-    assert loaded.val is not None
+    training = load_training(trained)
+    pairs_of, held_out_pairs = training.train, training.held_out
+    assert held_out_pairs is not None
     start = time.monotonic()
     how = CrossFit(args.folds, args.epochs, args.checks, args.seed)
-    margins = cross_fitted(trained, loaded.train, loaded.val, how, progress_bar=False)
+    margins = cross_fitted(trained, pairs_of, held_out_pairs, how, progress_bar=False)
     seconds["cross_fit"] = time.monotonic() - start
-    places = np.array([row for _, row in loaded.train.origins()])  # some pairs may be left out
+    places = np.array([row for _, row in pairs_of.origins()])  # some pairs may be left out
     flipped = flips[places]
     ranking = rank(margins.values)
     seen = np.full((len(places), args.epochs), np.nan)  # an epoch leaves out pairs that do not fill a batch
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     pairs = [noisy[place] for place in places]
     lengths = np.array([len(row["chosen"][-1]["content"]) - len(row["rejected"][-1]["content"]) for row in pairs])
     scores = np.array([row["score_chosen"] - row["score_rejected"] for row in pairs])
-    prompts = np.unique(loaded.train.digests("prompt_key"), return_inverse=True)[1]
+    prompts = np.unique(pairs_of.digests("prompt_key"), return_inverse=True)[1]
     share = flipped_share(ranking, prompts, margins.trusted, margins.trusted_prompts, Resampling(seed=args.seed))
     number = int(flipped.sum())
     worst = set(places[ranking.order[:number]].tolist())
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "seed": args.seed,
         "pairs": len(pairs),
         "flipped": number,
-        "held_out": len(loaded.val),
+        "held_out": len(held_out_pairs),
         "cross_fit": found(-ranking.margins, flipped),
         "cross_fit_last_check": found(-margins.values[:, -1], flipped),
         "dynamics": found(-dynamics.margins, flipped),

@@ -91,7 +91,7 @@ function histogram(figure, canvas) {
     const outline = before.flatMap((bar) => [{ x: bar.low, y: bar.count }, { x: bar.high, y: bar.count }]);
     marks.push(Plot.line(outline, { x: "x", y: "y", stroke: "var(--orange)", strokeWidth: 2 }));
   }
-  legend(canvas, [...(found.before ? [[spread ? "before" : "before: all alike", "var(--orange)"]] : []), ["after", "var(--blue)"]]);
+  if (found.before) legend(canvas, [...(found.before ? [[spread ? "before" : "before: all alike", "var(--orange)"]] : []), ["after", "var(--blue)"]]);
   if (found.before && !spread) {
     const at = found.before.findIndex((count) => count > 0);
     marks.push(Plot.ruleX([(found.edges[at] + found.edges[at + 1]) / 2], { stroke: "var(--orange)", strokeWidth: 2.5 }));
