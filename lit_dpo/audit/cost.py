@@ -1,37 +1,54 @@
-"""Pairs and a configuration ──► estimates of tokens, operations, memory and time, from the model's configuration alone.
-
-They are meant to choose a card by, not to be exact: attention, the loss and the memory of the allocator are left out.
-"""
+"""Pairs and a model's configuration ──► estimates of tokens, operations, memory and time."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
-from lit_dpo.base.names import resolve_base
+from lit_dpo.audit.memory import WORKSPACE, Batch, ModelSize, reference_memory, training_memory
+from lit_dpo.data.pairs import PairDataset
 
-# Cards: memory in GB, and rate of bf16 products (float16 on the T4) in 10¹² operations a second, by their makers.
-CARDS = {"T4": (16, 65), "L4": (24, 121), "A100": (80, 312), "H100": (80, 989)}
+
+class Card(NamedTuple):
+    """A GPU, as its maker tells."""
+
+    name: str
+    memory: float  # GB
+    rate: float  # products in half precision, in 10¹² operations a second
+    precision: str
+
+
+CARDS = {
+    "t4": Card("T4", 16, 65, "16-mixed"),  # it has no bfloat16
+    "l4": Card("L4", 24, 121, "bf16-mixed"),
+    "a10": Card("A10", 24, 125, "bf16-mixed"),
+    "a100": Card("A100", 80, 312, "bf16-mixed"),
+    "h100": Card("H100", 80, 989, "bf16-mixed"),
+    "h200": Card("H200", 141, 989, "bf16-mixed"),
+}
 SHARE = 0.4  # of that rate. A 7B at batch 8 reached 0.47 on an H100 (tests/benchmarks); small models reach far less
-NF4_BYTES = 0.5 + 1 / 64 + 1 / 64 / 64  # of a weight: the code, its share of a one-byte scale, and of that one's scale
-ADAM_BYTES = 16  # of a trained parameter: weight, gradient and two moments in float32
-# Values a token that a layer keeps for its backward pass, in units of the hidden size. Fitted to the peak memory of
-# Qwen2.5 0.5B and 7B on an H100.
-LAYER_VALUES = 12
+USABLE = 0.93  # of a card's memory: the rest is the driver's, and lost between blocks
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """Numbers of parameters, and sizes, of a model with adapters."""
+class PairTokens:
+    """Numbers of tokens of P pairs, (P,) each."""
 
-    linear: int  # weights of linear layers without the head
-    other: int  # all other parameters of the base
-    trained: int
-    layers: int
-    hidden: int
+    tokens: np.ndarray  # prompt and responses together
+    prompts: np.ndarray
+    responses: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: PairDataset) -> "PairTokens":
+        """The numbers of a data set, whose tokens are not read."""
+        tokens = np.array(pairs.num_tokens(range(len(pairs))), np.int64)
+        prompts = pairs.prompt_lengths()
+        return cls(tokens, prompts, tokens - prompts)
+
+    def longest(self, batch_size: int) -> Batch:
+        """The batch of the longest pairs. No batch of a shuffled epoch is longer."""
+        places = np.argsort(self.tokens)[-batch_size:]
+        return Batch(*(int(one[places].sum()) for one in (self.tokens, self.prompts, self.responses)))
 
 
 @dataclass(frozen=True)
@@ -46,71 +63,72 @@ class Cost:
     hours: dict[str, float]  # of an epoch and the reference pass, by card on which it fits
 
 
-def model_size(base: str, lora: LoraConfig | None, *, trust_remote_code: bool = False, **repository: Any) -> ModelSize:
-    """Counts a model's parameters. No weights are loaded.
+def operations(size: ModelSize, num_tokens: float, *, recompute: bool = False) -> float:
+    """Operations of training on some tokens once: products alone, without attention.
 
-    Args:
-        base: Hub id, local folder, GGUF file or ``package:NAME``.
-        lora: Configuration of the adapters; None if all weights train.
-        trust_remote_code: Whether to run model code that comes with the repository.
-        repository: ``gguf_file`` and ``revision`` of the hub repository.
-
-    Raises:
-        OSError: If the model's configuration cannot be loaded.
-        ValueError: If the architecture is unknown, or has nothing that the adapters fit.
+    A frozen weight costs a product in the forward pass and one for the gradient of its input; a trained one costs
+    another, for its own gradient. Recomputation costs one more forward pass.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = resolve_base(base, repository.get("gguf_file"), repository.get("revision"))
-    config = AutoConfig.from_pretrained(
-        name, revision=repository.get("revision"), trust_remote_code=trust_remote_code
-    ).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        head = model.get_output_embeddings()
-        linear = sum(
-            module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
-        )
-        total = sum(parameter.numel() for parameter in model.parameters())
-        trained = total if lora is None else get_peft_model(model, lora).get_nb_trainable_parameters()[0]
-    return ModelSize(linear, total - linear, trained, config.num_hidden_layers, config.hidden_size)
+    return (2 + size.all_train + recompute) * 2.0 * size.linear * num_tokens
 
 
 def cost_of(
     size: ModelSize,
-    num_tokens: np.ndarray,
+    pairs: PairTokens,
     weights: np.ndarray | float = 1.0,
     *,
     batch_size: int,
     quantized: bool,
     reference: bool,
 ) -> Cost:
-    """Estimates the cost of training on some pairs.
+    """Estimates the cost of training on some pairs, on a GPU in half precision.
 
     Args:
         size: The model.
-        num_tokens: Tokens of each training pair, prompt and responses together, (P,).
+        pairs: Tokens of each training pair.
         weights: How often an epoch sees each pair, (P,).
         batch_size: Pairs in a batch.
         quantized: Whether the linear layers are in 4 bits.
         reference: Whether a reference is computed once.
     """
-    tokens = round(float((num_tokens * weights).sum()))
-    forward = 2.0 * size.linear
-    # A frozen weight costs a product in the forward pass, one for the gradient of its input, and one to recompute. A
-    # trained one costs another, for its own gradient.
-    all_train = size.trained == size.linear + size.other
-    operations = (4 if all_train else 3) * forward * tokens
-    reference_operations = forward * int(num_tokens.sum()) if reference else 0.0
-    longest = int(np.sort(num_tokens)[-batch_size:].sum())
-    frozen = 0.0 if all_train else size.linear * (NF4_BYTES if quantized else 2) + size.other * 2
-    model = frozen + size.trained * ADAM_BYTES
-    layer = longest * size.hidden * 2 * LAYER_VALUES
-    inputs = longest * size.hidden * 2 * size.layers
-    memory, without = model + inputs + layer, model + layer * size.layers
+    tokens = round(float((pairs.tokens * weights).sum()))
+    every = int(pairs.tokens.sum())
+    once = 2.0 * size.linear * every if reference else 0.0
+    batch = pairs.longest(batch_size)
+    memory, without = (
+        peak(size, batch, every if reference else 0, quantized, "bf16-mixed", recompute) for recompute in (True, False)
+    )
     hours = {
-        card: (operations + reference_operations) / (rate * 1e12 * SHARE) / 3600
-        for card, (room, rate) in CARDS.items()
-        if memory < 0.9 * room * 1e9
+        card.name: (operations(size, tokens, recompute=without > USABLE * card.memory * 1e9) + once)
+        / (card.rate * 1e12 * SHARE)
+        / 3600
+        for card in CARDS.values()
+        if memory < USABLE * card.memory * 1e9
     }
-    return Cost(tokens, operations, reference_operations, memory, without, hours)
+    return Cost(tokens, operations(size, tokens), once, memory, without, hours)
+
+
+def peak(
+    size: ModelSize, batch: Batch, reference_tokens: int, quantized: bool, precision: str, recompute: bool
+) -> float:
+    """Bytes at the peak of a run on a GPU: of a training step, or of the pass before it.
+
+    Args:
+        size: The model.
+        batch: The longest batch.
+        reference_tokens: Tokens of the pass that fills the reference cache; 0 for none.
+        quantized: Whether the linear layers are in 4 bits.
+        precision: ``trainer.precision``.
+        recompute: Whether layers recompute their activations.
+    """
+    step = training_memory(
+        size,
+        batch,
+        quantized=quantized,
+        precision=precision,
+        recompute=recompute,
+        process=WORKSPACE,
+        on_gpu=True,
+    )
+    before = step.before_training + reference_memory(size, reference_tokens, 2)
+    return max(step.total, before if reference_tokens else 0.0)

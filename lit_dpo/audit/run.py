@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.audit.cost import Cost, cost_of, model_size
+from lit_dpo.audit.cost import Cost, PairTokens, cost_of
 from lit_dpo.audit.facts import SourceFacts, TemplateFacts, facts_of, template_facts
+from lit_dpo.audit.memory import model_size
 from lit_dpo.audit.page import as_page
 from lit_dpo.audit.text import as_text
 from lit_dpo.audit.verdicts import Verdict, unreadable, verdicts
@@ -112,18 +113,22 @@ def audit_of(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, filters: Filter
     return Audit(verdicts(sources, template, filters), sources, template, None)
 
 
+def is_cached(model: DPOModule) -> bool:
+    """Whether a pass before training fills the reference cache."""
+    choice = model.reference_choice
+    return choice == "cached" or (choice == "auto" and model.objective.uses_reference)
+
+
 def _cost(loaded: Loaded, data: PreferenceDataModule, model: DPOModule | None) -> Cost | None:
     if model is None or loaded.train is None:
         return None
     size = model_size(model.base, model.lora, **model.repository)
-    num_tokens = np.array(loaded.train.num_tokens(range(len(loaded.train))))
     weights = np.array([part.weight for part in loaded.train.parts])[loaded.train.part_numbers()]
-    cached = model.reference_choice == "cached" or (model.reference_choice == "auto" and model.objective.uses_reference)
     return cost_of(
         size,
-        num_tokens,
+        PairTokens.of(loaded.train),
         weights,
         batch_size=data.batch_size,
         quantized=model.quantization is not None,
-        reference=cached,
+        reference=is_cached(model),
     )

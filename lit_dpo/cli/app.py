@@ -44,6 +44,12 @@ GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
     "trainer": lambda cli, config: cli.trainer,
     "model": lambda cli, config: config.model,
     "data": lambda cli, config: config.data,
+    "length": lambda cli, config: {
+        "epochs": config.trainer.max_epochs,
+        "steps": config.trainer.max_steps,
+        "accumulate": config.trainer.accumulate_grad_batches,
+        "limit": config.trainer.limit_train_batches,
+    },
     "progress_bar": lambda cli, config: config.trainer.enable_progress_bar is not False,
 }
 

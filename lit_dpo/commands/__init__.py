@@ -14,6 +14,7 @@ DESCRIPTIONS = {
     "test": "Measure the held-out pairs with intervals, by group, and against another model.",
     "predict": "Write the implicit rewards of each held-out pair as JSON lines.",
     "audit": "Read the data as fit would, and judge it before it is trained on.",
+    "estimate": "Estimate memory, disk and time of a run, and whether it fits, from its configuration.",
     "prepare": "Tokenize the pairs and compute the reference log-probs ahead of fit.",
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
     "chat": "Talk to the base, the aligned model, or both, in the terminal.",
@@ -25,7 +26,7 @@ DESCRIPTIONS = {
     "export": "Write the adapter, a merged model or a GGUF file, with a model card, checked.",
 }
 OWN = tuple(DESCRIPTIONS)[4:]  # the first four are methods of the Trainer
-LIKE_FIT = ("audit", "prepare")  # ours that take the options of fit, and get what they build
+LIKE_FIT = ("audit", "estimate", "prepare")  # ours that take the options of fit, and get what they build
 
 
 def function_of(command: str) -> Callable[..., Any]:

@@ -155,6 +155,13 @@ class PairDataset(torch.utils.data.Dataset[PairBatch]):
         """Number of tokens, prompt and responses together, of each of the pairs at ``indices``."""
         return self._column("num_tokens", indices)
 
+    def prompt_lengths(self) -> np.ndarray:
+        """Number of prompt tokens of each pair, (P,)."""
+        import pyarrow.compute as pc
+
+        lengths = pc.list_value_length(self.columns.data.column("prompt"))
+        return np.asarray(lengths.to_numpy(), np.int64)[np.asarray(self.indices, np.int64)]
+
     def _column(self, name: str, indices: Sequence[int]) -> list[Any]:
         rows = np.array([self.indices[index] for index in indices], np.int64)
         return self.columns.data.column(name).take(rows).to_pylist()  # type: ignore[no-any-return]
