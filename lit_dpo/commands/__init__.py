@@ -18,6 +18,7 @@ DESCRIPTIONS = {
     "prepare": "Tokenize the pairs and compute the reference log-probs ahead of fit.",
     "generate": "Answer prompts with the base and with the aligned model, side by side.",
     "chat": "Talk to the base, the aligned model, or both, in the terminal.",
+    "compare": "Open a local page with two models side by side, and vote: pairs and a win rate.",
     "judge": "Let a judge compare the answers of two models: win rate, with and without length.",
     "evaluate": "Ask base and aligned model the tasks of lm-evaluation-harness.",
     "explain": "Show which words of a pair the preference was learned from.",
