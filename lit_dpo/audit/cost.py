@@ -128,7 +128,7 @@ def peak(
         precision=precision,
         recompute=recompute,
         process=WORKSPACE,
-        on_gpu=True,
+        kind="cuda",
     )
     before = step.before_training + reference_memory(size, reference_tokens, 2)
     return max(step.total, before if reference_tokens else 0.0)

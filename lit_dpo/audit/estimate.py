@@ -10,8 +10,10 @@ import torch
 
 from lit_dpo.audit.cost import CARDS, SHARE, USABLE, PairTokens, operations
 from lit_dpo.audit.memory import (
+    CPU_PROCESS,
     WORKSPACE,
     Batch,
+    Kind,
     Memory,
     ModelSize,
     model_size,
@@ -36,7 +38,7 @@ class Place:
     room: float  # bytes that a run may take
     rate: float | None  # operations a second that a run reaches; None if it is not known
     precision: str
-    on_gpu: bool
+    kind: Kind
     process: float  # bytes that are taken without a model
 
 
@@ -106,16 +108,17 @@ def place_of(device: DeviceName, precision: str | None = None, memory_gb: float 
         card = CARDS[device]
         room = USABLE * (card.memory * 1e9 if room is None else room)
         rate = SHARE * card.rate * 1e12
-        return Place(card.name, room, rate, precision or card.precision, True, WORKSPACE)
-    own, process = float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
+        return Place(card.name, room, rate, precision or card.precision, "cuda", WORKSPACE)
+    own, process = float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss) + CPU_PROCESS
     if device == "mps":  # its memory is the machine's, of which it may take three quarters
         there = torch.backends.mps.is_available()
         measured = measured_rate(torch.device("mps"), torch.float32) if there else None
         name = "this machine's Apple GPU" if there else "an Apple GPU"
-        return Place(name, 0.75 * own if room is None else room, measured, precision or "32-true", False, process)
+        return Place(name, 0.75 * own if room is None else room, measured, precision or "32-true", "mps", process)
     precision = precision or precision_for(torch.device("cpu"))
     measured = measured_rate(torch.device("cpu"), torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
-    return Place("this machine's CPU", 0.9 * own if room is None else room, measured, precision, False, process)
+    room = 0.9 * own if room is None else room
+    return Place("this machine's CPU", room, measured, precision, "cpu", process)
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -187,7 +190,7 @@ def estimate(
             precision=place.precision,
             recompute=recompute,
             process=place.process,
-            on_gpu=place.on_gpu,
+            kind=place.kind,
         )
 
     kept, recomputed = memory(data.batch_size, False), memory(data.batch_size, True)
@@ -266,7 +269,7 @@ def _verdict(needs: Needs) -> Iterator[str]:
         yield "  model.quantization=nf4 (with adapters) keeps the base in 4 bits."
     yield "  A lower data.max_length cuts the longest pairs."
     smaller = [card.name for card in CARDS.values() if needs.peak(True) <= USABLE * card.memory * 1e9]
-    if smaller and needs.place.on_gpu:
+    if smaller and needs.place.kind == "cuda":
         yield f"  It fits on {', '.join(smaller)}."
 
 

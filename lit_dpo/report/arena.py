@@ -31,6 +31,11 @@ class Side:
     trained: Trained
     initial: bool = False  # whether it answers as it was before training
 
+    @property
+    def key(self) -> str:
+        """What tells it from all other models: votes on others do not count."""
+        return f"{self.trained.digest[:8]}{' before training' if self.initial else ''}"
+
 
 @dataclass
 class Round:
@@ -67,8 +72,8 @@ class Arena:
             require_chat_template(side.trained.tokenizer)
         self._places = random.Random(seed)  # noqa: S311  not for secrets
         self._lock = threading.Lock()  # one answer at a time: the models share adapters and random numbers
-        mine = (first.name, second.name)
-        self.scores = [float(vote["score"]) for vote in read_lines(folder / VOTES) if tuple(vote["sides"]) == mine]
+        self.keys = [first.key, second.key]
+        self.scores = [float(vote["score"]) for vote in read_lines(folder / VOTES) if vote["models"] == self.keys]
         torch.manual_seed(seed)
 
     def ask(
@@ -109,7 +114,8 @@ class Arena:
         score = 0.5 if winner is None else float(current.order[winner] == 0)
         names = [self.sides[place].name for place in current.order]
         texts = [text.strip() for text in current.texts]
-        vote = {"sides": [side.name for side in self.sides], "score": score, "prompt": current.turns}
+        vote = {"sides": [side.name for side in self.sides], "models": self.keys, "score": score}
+        vote["prompt"] = current.turns
         answered = {"left": names[0], "right": names[1], "answers": texts, "choice": choice}
         self._append(VOTES, vote | answered)
         self.scores.append(score)

@@ -11,7 +11,7 @@ from lit_dpo.report.arena import Arena, Choice, Round
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 CSS = """
-.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 80rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
 """
 
@@ -64,7 +64,7 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
     def following(number: int) -> tuple[str, int]:
         return prompts[number % len(prompts)], number + 1
 
-    with gr.Blocks(title="Compare", analytics_enabled=False) as page:
+    with gr.Blocks(title="Compare", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# Compare two models")
         standing = gr.Textbox(arena.standing(), label="Standing", interactive=False)
         current, number = gr.State(None), gr.State(0)
@@ -106,7 +106,7 @@ def launch(page: Any, host: str, port: int | None, *, block: bool = True) -> str
     """
     import gradio as gr
 
-    theme = gr.themes.Default(font=FONT, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=["ui-monospace", "monospace"])
     _, address, _ = page.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,
