@@ -4,6 +4,7 @@ What a layer keeps for its backward pass is counted tensor by tensor, for layers
 gated feed-forward. Other architectures are near it. tests/benchmarks holds it against measured peaks.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -111,7 +112,7 @@ def model_size(base: str, lora: LoraConfig | None, *, trust_remote_code: bool = 
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         linear, largest = sum(m.weight.numel() for m in layers), max(m.weight.numel() for m in layers)
         total = sum(parameter.numel() for parameter in model.parameters())
-        trained = total if lora is None else get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+        trained = total if lora is None else get_peft_model(model, copy(lora)).get_nb_trainable_parameters()[0]
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(

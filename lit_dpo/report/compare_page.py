@@ -107,6 +107,8 @@ def launch(page: Any, host: str, port: int | None, *, block: bool = True) -> str
     import gradio as gr
 
     theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=["ui-monospace", "monospace"])
+    theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+    theme.set(button_primary_background_fill_dark="*primary_700", block_label_text_color="*neutral_700")
     _, address, _ = page.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,

@@ -60,7 +60,7 @@ class Margins(NamedTuple):
     """Implicit margins of P pairs at C times."""
 
     values: np.ndarray  # (P, C) reward of the chosen response minus that of the rejected one
-    trusted: np.ndarray  # (T,) margins of the held-out pairs at the end, each the mean over the folds' models
+    trusted: np.ndarray  # (T, F) mean margins of the held-out pairs over the same times, under each fold's model
     trusted_prompts: np.ndarray  # (T,) number of each one's prompt
 
 
@@ -206,11 +206,11 @@ def cross_fitted(
             kept = measure.margins[-values.shape[1] :]
             values[inside] = np.stack([margins[: len(measured)] for margins in kept], axis=1)
             if held_out is not None:
-                of_trusted.append(kept[-1][len(measured) :])
+                of_trusted.append(np.mean([margins[len(measured) :] for margins in kept], axis=0))
                 assert measure.prompts is not None
                 prompts = measure.prompts[len(measured) :]
     rank_zero_info(f"Cross-fitted {len(train)} pairs in {how.folds} folds, {time.monotonic() - began:.0f} s.")
-    return Margins(values, np.mean(of_trusted, axis=0) if of_trusted else np.zeros(0), prompts)
+    return Margins(values, np.stack(of_trusted, axis=1) if of_trusted else np.zeros((0, how.folds)), prompts)
 
 
 @contextmanager
@@ -235,7 +235,7 @@ def stored_optimizer(stored: Any) -> Callable[[Any], torch.optim.Optimizer]:
         ValueError: If the class is another's, or there is none.
     """
     module, _, name = str((stored or {}).get("class_path", "")).rpartition(".")
-    if not module.startswith(KNOWN_OPTIMIZERS):
+    if not f"{module}.".startswith(tuple(f"{known}." for known in KNOWN_OPTIMIZERS)):
         raise ValueError(
             f"The checkpoint's optimizer is {module}.{name}: only those of {' and '.join(KNOWN_OPTIMIZERS)} are built "
             "from a checkpoint. Train with one of them, such as torch.optim.AdamW."

@@ -144,7 +144,7 @@ def recorded(trained: Trained, train: PairDataset) -> Margins:
         place = places.get((line["source"], line["row"]))
         if place is not None:
             values[place, : len(line["margins"])] = [np.nan if one is None else one for one in line["margins"]]
-    return Margins(values, np.zeros(0), np.zeros(0, np.int64))
+    return Margins(values, np.zeros((0, 1)), np.zeros(0, np.int64))
 
 
 def suspects_text(found: Suspects, most: int = 10) -> str:

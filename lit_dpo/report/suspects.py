@@ -83,7 +83,8 @@ def flipped_share(
     Args:
         ranking: The pairs.
         prompts: Number of each training pair's prompt, (P,).
-        trusted: Margins of T held-out pairs, by models of the folds.
+        trusted: Margins of T held-out pairs under F models, (T, F). Verdicts are averaged, not margins: several models
+            together would be right more often than each of those that judged the training pairs.
         trusted_prompts: Number of each one's prompt, (T,).
         resampling: How intervals are computed.
     """
@@ -104,7 +105,7 @@ def flipped_share(
         found["confidence"] = Estimate(np.nan, np.nan, np.nan)
     if len(trusted) < 2:
         return FlippedShare(None, found["confidence"], found["accuracy"], None)
-    right_there = np.where(trusted == 0, 0.5, trusted > 0)
+    right_there = np.where(trusted == 0, 0.5, trusted > 0).mean(1)
     theirs = sums_by_prompt(np.stack([right_there, np.ones_like(right_there)], 1), trusted_prompts)
     accuracy = resampling.estimate(theirs, {"accuracy": ratio(0, 1)})["accuracy"].of_share(
         len(theirs), resampling.level

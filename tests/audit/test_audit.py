@@ -13,8 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lit_dpo import PreferenceDataModule
-from lit_dpo.audit.cost import cost_of, model_size
+from lit_dpo.audit.cost import PairTokens, cost_of
 from lit_dpo.audit.facts import Distribution
+from lit_dpo.audit.memory import model_size
 from lit_dpo.audit.run import Audit, audit_data
 from lit_dpo.cli.app import main
 from tests.tiny import CHATML, made_up_rows, tiny_policy, tiny_tokenizer, write_jsonl
@@ -219,13 +220,20 @@ def test_parameters_are_those_of_the_loaded_model(tiny_base: str) -> None:
     assert size.trained > 0
 
 
+def same(count: int) -> PairTokens:
+    """Pairs of 100 tokens each."""
+    return PairTokens(*(np.full(count, number) for number in (100, 20, 80)))
+
+
 def test_costs_grow_with_tokens_and_shrink_with_bits(tiny_base: str) -> None:
     size = model_size(tiny_base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     options = {"batch_size": 2, "quantized": True, "reference": True}
-    few, many = (cost_of(size, np.full(count, 100), **options) for count in (10, 20))  # type: ignore[arg-type]
+    few, many = (cost_of(size, same(count), **options) for count in (10, 20))  # type: ignore[arg-type]
     assert many.operations == 2 * few.operations
+    options["reference"] = False  # whose pass has a peak of its own
+    few, many = (cost_of(size, same(count), **options) for count in (10, 20))  # type: ignore[arg-type]
     assert many.memory == few.memory, "the longest batch is the same"
-    plain = cost_of(size, np.full(10, 100), batch_size=2, quantized=False, reference=False)
+    plain = cost_of(size, same(10), batch_size=2, quantized=False, reference=False)
     assert plain.memory > few.memory
     assert plain.reference_operations == 0
     assert few.memory < few.memory_without_recomputation

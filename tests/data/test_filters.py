@@ -88,7 +88,8 @@ def test_prompts_that_are_held_out_are_not_trained_on() -> None:
             filters=Filters(leaks=leaks),  # type: ignore[arg-type]
             tokenizer=TEMPLATE.tokenizer,
         )
-        report = data._load(trains=True)
+        data._load(trains=True)
+        report = data.loaded.report
         assert data.train_pairs is not None
         assert data.val_pairs is not None
         assert [data.train_pairs.pair(index).row for index in range(len(data.train_pairs))] == expected

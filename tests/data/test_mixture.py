@@ -21,7 +21,8 @@ ROWS = made_up_rows(40)
 
 def loaded(**options: Any) -> tuple[PreferenceDataModule, list[str]]:
     data = PreferenceDataModule(tokenizer=tiny_tokenizer(), **options)
-    return data, data._load(trains=True)
+    data._load(trains=True)
+    return data, data.loaded.report
 
 
 def origins(pairs: PairDataset | None) -> list[tuple[str, int]]:

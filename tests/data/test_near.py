@@ -87,7 +87,8 @@ def test_prompts_nearly_held_out_are_leaks() -> None:
             filters=Filters(leaks=leaks, near_duplicates=0.6),  # type: ignore[arg-type]
             tokenizer=TEMPLATE.tokenizer,
         )
-        report = "\n".join(data._load(trains=True))
+        data._load(trains=True)
+        report = "\n".join(data.loaded.report)
         verb = "left out " if leaks == "drop" else ""
         assert f"{verb}1 of 30 pairs: prompt also held out (first: row 7)" in report
         assert f"{verb}1 of 30 pairs: prompt nearly the same as one held out (first: row 5)" in report

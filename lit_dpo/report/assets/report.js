@@ -14,6 +14,10 @@ function plot(canvas, label, options) {
     marginLeft: 46, marginRight: 16, marginBottom: 34, marginTop: 14, ariaLabel: label,
     style: { fontFamily: "inherit", fontSize: "12px", background: "none", overflow: "visible" }, ...options });
   chart.setAttribute("role", "img");
+  for (const part of chart.querySelectorAll("g[aria-label]")) { // what an image is made of has no names of its own
+    part.dataset.part = part.getAttribute("aria-label");
+    part.removeAttribute("aria-label");
+  }
   canvas.replaceChildren(chart);
 }
 
