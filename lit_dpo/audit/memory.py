@@ -23,7 +23,7 @@ WORKSPACE = 0.06e9  # of a GPU's libraries
 # A CPU's allocator does not give back all: a backward pass allocates in a thread of its own, and blocks that are freed
 # in another order leave holes. In units of what a layer keeps, and as a factor on what all of them keep; then bytes
 # that loading, data and a Trainer leave. Fitted to the embedded model.
-CPU_LAYERS, CPU_HOLES, CPU_PROCESS = 14, 1.2, 0.3e9
+CPU_LAYERS, CPU_HOLES, CPU_PROCESS = 14, 1.28, 0.36e9
 Kind: TypeAlias = Literal["cuda", "mps", "cpu"]
 
 

@@ -128,7 +128,7 @@ def _length(run: Run) -> Iterator[Diagnosis]:
             f"In every held-out pair the {which} response is the chosen one. That the policy learned more than "
             f'"be {which}" cannot be seen from these pairs.',
             remedy,
-            source,
+            "exact; Park et al. 2024, arXiv:2403.19159, on length in DPO",
         )
     elif not controlled.low > 0.5 and controlled.value - 0.5 < LEAD_LEFT * (accuracy.value - 0.5):
         yield Diagnosis(
