@@ -10,7 +10,15 @@ from transformers import LlamaConfig, Qwen2Config
 
 from lit_dpo.audit.cost import CARDS, operations
 from lit_dpo.audit.estimate import place_of
-from lit_dpo.audit.memory import CPU_PROCESS, WORKSPACE, Batch, layer_bytes, model_size, reference_memory, training_memory
+from lit_dpo.audit.memory import (
+    CPU_PROCESS,
+    WORKSPACE,
+    Batch,
+    layer_bytes,
+    model_size,
+    reference_memory,
+    training_memory,
+)
 from lit_dpo.cli.app import main
 from lit_dpo.data.batch import PairBatch
 from tests.tiny import SIZES, random_pairs, save_tiny_base, tiny_policy
@@ -59,8 +67,8 @@ def test_within_15_percent_of_peaks_on_a_gpu(name: str, tmp_path: Path) -> None:
             assert max(found.total, before) / 1e9 == pytest.approx(peak, rel=0.15), (pairs, length, recompute)
 
 
-# The same on two cores of an AMD EPYC with AVX2 in 32-true, for 1, 4 and 8 pairs of 128, 256 and 512 tokens. The process
-# holds half a GB without a model.
+# The same on two cores of an AMD EPYC with AVX2 in 32-true, for 1, 4 and 8 pairs of 128, 256 and 512 tokens. The
+# process holds half a GB without a model.
 ON_A_CPU = [(1.34, 1.29), (2.21, 1.42), (3.34, 1.75), (1.64, 1.32), (3.17, 1.76), (5.29, 2.62), (2.05, 1.60)]
 ON_A_CPU += [(5.01, 2.54), (9.42, 3.47)]
 

@@ -17,6 +17,7 @@ from lit_dpo.cli.app import main
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.policy.policy import Policy
 from lit_dpo.policy.sharding import is_part
+from lit_dpo.report.evidence import read_lines
 from lit_dpo.training.sharded import ShardedBaseStrategy
 from tests.closeness import TINY, assert_same
 from tests.test_module import STEPS, data, fit, module
@@ -55,6 +56,19 @@ class Parts(Callback):
         parts = [p for p in pl_module.parameters() if is_part(p)]
         held = sum(p.to_local().numel() for p in parts) / max(1, sum(p.numel() for p in parts))
         Path(f"{trainer.global_rank}.part").write_text(f"{len(parts)} {held}")
+
+
+def evidence(folder: Path) -> dict[str, torch.Tensor]:
+    """Margins that a run left: of the held-out pairs, of the tokens of some of them, of the training pairs."""
+    pairs, tokens, dynamics = (
+        read_lines(folder / "evidence" / f"{name}.jsonl") for name in ("held_out", "tokens", "dynamics")
+    )
+    by_row = sorted(tokens, key=lambda view: view["row"])
+    return {
+        "held out": torch.tensor([line["after"]["rewards/margins"] for line in pairs]),
+        "tokens": torch.tensor([one for view in by_row for one in view["chosen"]["rewards"]]),
+        "training": torch.tensor([margin for line in dynamics for margin in line["margins"]]),
+    }
 
 
 def arguments(base: str, pairs: str, *more: str) -> list[str]:
@@ -98,6 +112,7 @@ def test_a_split_base_gives_the_numbers_of_a_whole_one(
     main(arguments(tiny_base, pairs_file, "--run_name", "whole", *options, "--data.batch_size", str(2 * processes)))
     folders = [Path(f"runs/{name}/version_0") for name in ("split", "whole")]
     assert_same(*map(lines, folders), STEPS * TINY)
+    assert_same(*map(evidence, folders), STEPS * TINY)
     answers = [(folder / "samples.md").read_text() for folder in folders]
     assert answers[0] == answers[1]
     last = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in folders]
