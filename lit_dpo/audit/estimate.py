@@ -1,21 +1,25 @@
 """A configuration ──► what training takes on a device, whether it fits, and what to change if not."""
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import psutil
 import torch
 
 from lit_dpo.audit.cost import CARDS, SHARE, USABLE, PairTokens, operations
 from lit_dpo.audit.memory import (
     CPU_PROCESS,
+    HALF,
     WORKSPACE,
     Batch,
     Kind,
     Memory,
     ModelSize,
+    base_bytes,
     model_size,
     reference_memory,
     training_memory,
@@ -23,7 +27,9 @@ from lit_dpo.audit.memory import (
 from lit_dpo.audit.run import is_cached
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
+from lit_dpo.policy.execution import Switch
 from lit_dpo.policy.precision import precision_for
+from lit_dpo.reference import AnotherModel
 
 DeviceName: TypeAlias = Literal["t4", "l4", "a10", "a100", "h100", "h200", "mps", "cpu"]
 CACHED_PAIR = 24  # bytes of the reference cache, besides 4 for a response token
@@ -43,10 +49,39 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long the Trainer trains, by its settings."""
+
+    epochs: int | None = 1  # max_epochs
+    steps: int = -1  # max_steps
+    accumulate: int = 1  # accumulate_grad_batches
+    limit: float | None = None  # limit_train_batches: a number of batches or, if it is no integer, a share of them
+    processes: int = 1
+    split: bool = False  # whether the frozen weights are split over them
+
+    def of(self, batches: int) -> "Run":
+        """The run over an epoch of so many batches.
+
+        Raises:
+            ValueError: If it has no end.
+        """
+        taken = batches
+        if self.limit is not None:
+            taken = min(batches, self.limit) if isinstance(self.limit, int) else int(batches * self.limit)
+        per_epoch = max(1, math.ceil(taken / self.accumulate))  # the last step of an epoch may have fewer batches
+        endless = self.epochs is None or self.epochs < 0
+        if endless and self.steps < 0 and self.epochs is not None:
+            raise ValueError("The run has no end: set trainer.max_epochs or trainer.max_steps to estimate it.")
+        most = per_epoch * (1000 if self.epochs is None else self.epochs)  # Lightning ends after 1000
+        steps = self.steps if endless and self.steps >= 0 else most if self.steps < 0 else min(self.steps, most)
+        return Run(steps / per_epoch * taken / max(batches, 1), steps, self.accumulate)
+
+
+@dataclass(frozen=True)
 class Run:
     """How long a run is."""
 
-    epochs: float
+    epochs: float  # of the data, which a limit may cut
     steps: int
     batches: int  # in a step
 
@@ -61,10 +96,12 @@ class Needs:
     batch: Batch  # the longest one
     batch_size: int
     run: Run
+    processes: int
     pairs: int
     tokens: int  # of an epoch, each prompt once
     memory: Memory  # without recomputation
     recomputed: Memory
+    choice: Switch  # model.gradient_checkpointing
     reference: float  # bytes of the pass before training; 0 without one
     disk: float  # bytes of the caches
     operations: float  # of the whole run
@@ -76,18 +113,18 @@ class Needs:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits, with recomputation if need be."""
-        return self.peak(True) <= self.place.room
+        """Whether it fits, with recomputation if need be and if the configuration allows it."""
+        return self.peak(self.choice is not False) <= self.place.room
 
     @property
     def recomputes(self) -> bool:
-        """Whether it fits with recomputation only."""
-        return self.peak(False) > self.place.room
+        """Whether the longest batches are recomputed."""
+        return self.choice is True or (self.choice == "auto" and self.peak(False) > self.place.room)
 
     @property
     def hours(self) -> float | None:
         """Hours of the run; None if the device's rate is not known."""
-        return None if self.place.rate is None else self.operations / self.place.rate / 3600
+        return None if self.place.rate is None else self.operations / self.place.rate / self.processes / 3600
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -137,11 +174,8 @@ def estimate(
     model: DPOModule,
     data: PreferenceDataModule,
     place: Place,
+    length: Length = Length(),
     *,
-    epochs: int | None = 1,
-    steps: int = -1,
-    accumulate: int = 1,
-    limit: float | None = None,
     progress_bar: bool = True,
 ) -> Needs:
     """What training takes on a device. The data is read and tokenized; no weights are loaded.
@@ -149,15 +183,12 @@ def estimate(
     Args:
         model: The model that would be trained.
         data: Its data.
-        place: The device.
-        epochs: ``trainer.max_epochs``.
-        steps: ``trainer.max_steps``; -1 for no limit.
-        accumulate: ``trainer.accumulate_grad_batches``.
-        limit: ``trainer.limit_train_batches``: a number of batches or, if it is no integer, a share of them.
+        place: The device; with several processes, that of each.
+        length: How long the Trainer trains.
         progress_bar: Whether to show progress bars.
 
     Raises:
-        ValueError: If the data is a stream, or has no pairs.
+        ValueError: If the data is a stream, or has no pairs, or if the run has no end.
         OSError: If a source, a tokenizer or the model's configuration cannot be loaded.
     """
     if data.streaming:
@@ -169,21 +200,17 @@ def estimate(
     size = model_size(model.base, model.lora, **model.repository)
     train = PairTokens.of(loaded.train)
     every = [train] if loaded.val is None else [train, PairTokens.of(loaded.val)]
-    batches = len(train.tokens) // data.batch_size
-    whole = batches
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    per_epoch = max(1, batches // accumulate)
-    taken = steps if steps >= 0 else per_epoch * (epochs or 1000)
-    taken = min(taken, per_epoch * epochs) if epochs is not None and epochs >= 0 else taken
-    run = Run(taken * accumulate / max(whole, 1), taken, accumulate)
+    weights = np.array([part.weight for part in loaded.train.parts])[loaded.train.part_numbers()]
+    tokens = float((train.tokens * weights).sum())
+    run = length.of(int(weights.sum()) // (data.batch_size * length.processes))
     quantized = model.quantization is not None and not size.all_train
-    wide = 2 if place.precision.endswith("mixed") else 4
-    cached, tokens = is_cached(model), int(train.tokens.sum())
+    wide = 2 if place.precision in HALF else 4
+    cached = is_cached(model)
     of_pass = sum(int(one.tokens.sum()) for one in every) if cached else 0
+    other = _other_model(model, wide)
 
     def memory(batch_size: int, recompute: bool) -> Memory:
-        return training_memory(
+        found = training_memory(
             size,
             train.longest(batch_size),
             quantized=quantized,
@@ -192,13 +219,17 @@ def estimate(
             process=place.process,
             kind=place.kind,
         )
+        parts = length.processes if length.split else 1
+        found = replace(found, weights=found.weights / parts, quantization_state=found.quantization_state / parts)
+        return found if cached else replace(found, reference_model=other)
 
+    never = model.gradient_checkpointing is False
     kept, recomputed = memory(data.batch_size, False), memory(data.batch_size, True)
-    reference = kept.before_training + reference_memory(size, of_pass, wide) if cached else 0.0
+    reference = kept.before_training + other + reference_memory(size, of_pass, wide) if cached else 0.0
     fitting = data.batch_size
-    while fitting and max(memory(fitting, True).total, reference) > place.room:
+    while fitting and max(memory(fitting, not never).total, reference) > place.room:
         fitting //= 2
-    recomputes = kept.total > place.room
+    recomputes = model.gradient_checkpointing is True or (kept.total > place.room and not never)
     total = operations(size, tokens * run.epochs, recompute=recomputes) + 2.0 * size.linear * of_pass
     pairs = sum(len(one.tokens) for one in every)
     responses = sum(int(one.responses.sum()) for one in every)
@@ -211,15 +242,26 @@ def estimate(
         batch=train.longest(data.batch_size),
         batch_size=data.batch_size,
         run=run,
+        processes=length.processes,
         pairs=len(train.tokens),
-        tokens=tokens,
+        tokens=round(tokens),
         memory=kept,
         recomputed=recomputed,
+        choice=model.gradient_checkpointing,
         reference=reference,
         disk=disk,
         operations=total,
         fitting_batch=fitting,
     )
+
+
+def _other_model(model: DPOModule, wide: int) -> float:
+    """Bytes of another model as the reference; 0 without one."""
+    choice = model.reference_choice
+    if not isinstance(choice, AnotherModel):
+        return 0.0
+    where = {name: getattr(choice, name) for name in ("gguf_file", "revision", "trust_remote_code")}
+    return base_bytes(model_size(choice.base, None, **where), choice.quantization is not None, wide)
 
 
 def estimate_text(needs: Needs) -> str:
@@ -242,35 +284,36 @@ def estimate_text(needs: Needs) -> str:
     if needs.reference:
         lines.append(f"{'peak of the reference pass':<28}{needs.reference / 1e9:>12.2f}")
     lines += ["", f"{'caches on disk':<28}{needs.disk / 1e6:,.1f} MB"]
+    if needs.processes > 1:
+        lines.append(f"{'processes':<28}{needs.processes}, of which each takes that memory")
     lines.append(f"{'operations':<28}{needs.operations:.2e}")
     lines.append(f"{'least time':<28}{_time(needs.hours)}")
     return "\n".join([*lines, "", *_verdict(needs)])
 
 
 def _verdict(needs: Needs) -> Iterator[str]:
-    room = needs.place.room / 1e9
+    room, peak = needs.place.room / 1e9, needs.peak(needs.recomputes) / 1e9
     if needs.fits and not needs.recomputes:
-        yield f"It fits: {needs.peak(False) / 1e9:.1f} of {room:.1f} GB. Nothing needs to be recomputed."
+        yield f"It fits: {peak:.1f} of {room:.1f} GB. Nothing needs to be recomputed."
         return
     if needs.fits:
         yield (
-            f"It fits with recomputation: {needs.peak(True) / 1e9:.1f} of {room:.1f} GB (kept: "
-            f"{needs.peak(False) / 1e9:.1f}). model.gradient_checkpointing=auto recomputes the batches that need it."
+            f"It fits with recomputation: {peak:.1f} of {room:.1f} GB (kept: {needs.peak(False) / 1e9:.1f}). "
+            "model.gradient_checkpointing=auto recomputes the batches that need it."
         )
         return
-    yield f"It does not fit: {needs.peak(True) / 1e9:.1f} GB, of which {room:.1f} GB are there."
+    yield f"It does not fit: {peak:.1f} GB, of which {room:.1f} GB are there."
+    if needs.choice is False:
+        yield f"  model.gradient_checkpointing=auto takes {needs.peak(True) / 1e9:.1f} GB."
     if needs.fitting_batch:
-        number = needs.batch_size // needs.fitting_batch * needs.run.batches
-        yield (
-            f"  data.batch_size={needs.fitting_batch}, trainer.accumulate_grad_batches={number} fits. The steps are "
-            "the same."
-        )
+        number = math.ceil(needs.batch_size / needs.fitting_batch) * needs.run.batches
+        yield f"  data.batch_size={needs.fitting_batch}, with trainer.accumulate_grad_batches={number}, fits."
     if not needs.quantized:
         yield "  model.quantization=nf4 (with adapters) keeps the base in 4 bits."
     yield "  A lower data.max_length cuts the longest pairs."
-    smaller = [card.name for card in CARDS.values() if needs.peak(True) <= USABLE * card.memory * 1e9]
-    if smaller and needs.place.kind == "cuda":
-        yield f"  It fits on {', '.join(smaller)}."
+    others = [card.name for card in CARDS.values() if needs.peak(True) <= USABLE * card.memory * 1e9]
+    if others and needs.place.kind == "cuda":
+        yield f"  It fits on {', '.join(others)}."
 
 
 def _time(hours: float | None) -> str:

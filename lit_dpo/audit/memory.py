@@ -75,6 +75,7 @@ class Memory:
     activations: float  # kept for the backward pass, with what the backward pass of a layer needs besides
     logprobs: float  # a chunk of logits, and the gradients of the hidden states
     process: float  # what is there without a model
+    reference_model: float = 0.0  # another model that stays in memory
 
     @property
     def total(self) -> float:
@@ -192,6 +193,17 @@ def layer_bytes(size: ModelSize, batch: Batch, wide: int, precision: str, kind: 
 def backward_bytes(size: ModelSize, batch: Batch, wide: int) -> float:
     """What the backward pass of the feed-forward part of a layer needs besides: gradients, and the product anew."""
     return float(batch.tokens * wide * (4 * size.intermediate + 2 * size.hidden))
+
+
+def base_bytes(size: ModelSize, quantized: bool, wide: int) -> float:
+    """Bytes of a frozen base.
+
+    Args:
+        size: The model.
+        quantized: Whether the linear layers are in 4 bits.
+        wide: Bytes of a number that is not quantized.
+    """
+    return size.linear * ((CODE_BYTES + STATE_BYTES) if quantized else wide) + size.other * wide
 
 
 def reference_memory(size: ModelSize, num_tokens: int, wide: int) -> float:

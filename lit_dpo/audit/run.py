@@ -19,6 +19,7 @@ from lit_dpo.data.loading import Loaded
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.atomic import atomic_write
 from lit_dpo.module import DPOModule
+from lit_dpo.reference import AnotherModel
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def audit_of(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, filters: Filter
 def is_cached(model: DPOModule) -> bool:
     """Whether a pass before training fills the reference cache."""
     choice = model.reference_choice
+    if isinstance(choice, AnotherModel):
+        return choice.cached
     return choice == "cached" or (choice == "auto" and model.objective.uses_reference)
 
 

@@ -1,15 +1,20 @@
 """RunReport: keeps what tells what a run learned, and writes its report at the end."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_dpo.audit.run import Audit, audit_of
+from lit_dpo.audit.run import audit_of
 from lit_dpo.data.loading import Loaded
+from lit_dpo.data.pairs import PairDataset
 from lit_dpo.evaluation.table import PairTable, TableCollector
 from lit_dpo.files.atomic import write_json
 from lit_dpo.files.console import say
@@ -23,6 +28,8 @@ from lit_dpo.report.evidence import (
     WARNINGS,
     TokenCollector,
     pair_lines,
+    read_lines,
+    table_of,
     write_lines,
 )
 from lit_dpo.report.run import write_report
@@ -49,14 +56,16 @@ class RunReport(Callback):
         self._table, self._tokens = TableCollector(), TokenCollector(num_pairs)
         self._before: PairTable | None = None
         self._warnings: KeptWarnings | None = None
-        self._margins: list[tuple[Any, Tensor]] = []  # origins and margins of each batch
+        self._margins: list[tuple[Any, Tensor]] = []  # origins and margins of each batch of the epoch
+        self._seen: list[tuple[Any, list[float]]] = []  # the same of the epochs before
+        self._first_step = 0  # of this start of the run
         self._writes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run, and begins to keep warnings."""
         self._writes = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._writes:
-            self._before, self._margins = None, []
+            self._before, self._margins, self._seen = None, [], []
             self._warnings = KeptWarnings(trainer, run_dir(trainer) / FOLDER)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,13 +74,19 @@ class RunReport(Callback):
             self._warnings.stop()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Audits the data that the run reads."""
+        """Audits the data that the run reads. A run that goes on takes over what was measured before it began."""
         data: Any = getattr(trainer, "datamodule", None)
         loaded = getattr(data, "loaded", None)
         folder = run_dir(trainer)
-        if self._writes and self.audit and trainer.is_global_zero and isinstance(loaded, Loaded) and loaded.train:
-            found: Audit = audit_of(loaded, pl_module.tokenizer, data.loading.filters)
-            found.save(folder / FOLDER)
+        self._first_step = trainer.global_step
+        if not self._writes or not trainer.is_global_zero:
+            return
+        with _never_spoiling("the data cannot be audited"):
+            if self.audit and isinstance(loaded, Loaded) and loaded.train:
+                audit_of(loaded, pl_module.tokenizer, data.loading.filters).save(folder / FOLDER)
+        if trainer.ckpt_path:
+            with _never_spoiling("the held-out pairs of the run before cannot be read"):
+                self._before = table_of(read_lines(Path(trainer.ckpt_path).parents[1] / FOLDER / PAIRS), "before")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts empty tables."""
@@ -109,27 +124,40 @@ class RunReport(Callback):
         if trainer.sanity_checking:
             self._before = table if trainer.num_sanity_val_batches == trainer.num_val_batches else None
             return
-        write_lines(folder / PAIRS, pair_lines(self._before, table))
-        write_lines(folder / TOKENS, (view.to_dict() for view in views))
+        with _never_spoiling("what the report is made from cannot be written"):
+            write_lines(folder / PAIRS, pair_lines(self._before, table))
+            write_lines(folder / TOKENS, (view.to_dict() for view in views))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the margins of the batch's pairs, where they are: reading them would wait for a GPU."""
         record = getattr(getattr(pl_module, "step", None), "latest", None)
-        if self._writes and record is not None:
+        pairs = getattr(getattr(trainer, "datamodule", None), "train_pairs", None)
+        if self._writes and record is not None and isinstance(pairs, PairDataset):  # a stream has no end
             margins = rewards_of(record, pl_module.objective).margins
             self._margins.append((record.batch.origins, margins.detach()))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Takes the margins of the epoch from the GPU, all at once."""
+        if self._margins:
+            values = torch.cat([margins for _, margins in self._margins]).tolist()
+            stops = np.cumsum([len(origins) for origins, _ in self._margins]).tolist()
+            starts = [0, *stops]
+            parts = zip(self._margins, starts, stops, strict=False)
+            self._seen += [(origins, values[start:stop]) for (origins, _), start, stop in parts]
+            self._margins = []
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes what only the trained model tells, and the margins of the training pairs."""
         folder = run_dir(trainer)
         if not self._writes:
             return
-        own = [(origins, margins.tolist()) for origins, margins in self._margins]
-        self._margins = []
-        parts = gather_objects(trainer, own)
+        self.on_train_epoch_end(trainer, pl_module)  # of an epoch that max_steps has cut
+        parts = gather_objects(trainer, self._seen)
+        self._seen = []
         if trainer.is_global_zero:
-            write_json(folder / FOLDER / FACTS, _facts(pl_module))
-            write_lines(folder / FOLDER / DYNAMICS, _by_pair(parts))
+            with _never_spoiling("what the report is made from cannot be written"):
+                write_json(folder / FOLDER / FACTS, _facts(pl_module) | {"margins_from_step": self._first_step})
+                write_lines(folder / FOLDER / DYNAMICS, _by_pair(parts))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the warnings of a run that ends here; Lightning calls no ``teardown`` then."""
@@ -152,6 +180,15 @@ class RunReport(Callback):
             say(f"  {'report.html':<14}what it learned, as a page for a browser")
         except Exception as error:
             rank_zero_warn(f"report.html cannot be written: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _never_spoiling(what: str) -> Iterator[None]:
+    """Turns an error into a warning: the adapter is what the hours are spent on."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what}: {type(error).__name__}: {error}")
 
 
 class KeptWarnings:

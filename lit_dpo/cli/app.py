@@ -49,6 +49,9 @@ GIVEN: dict[str, Callable[["DPOCLI", Any], Any]] = {
         "steps": config.trainer.max_steps,
         "accumulate": config.trainer.accumulate_grad_batches,
         "limit": config.trainer.limit_train_batches,
+        "processes": number_of_devices(config.trainer.devices) * config.trainer.num_nodes,
+        "split": str(config.trainer.strategy).startswith("sharded"),
+        "precision": cli.given_precision,
     },
     "progress_bar": lambda cli, config: config.trainer.enable_progress_bar is not False,
 }
@@ -100,6 +103,7 @@ class DPOCLI(LightningCLI):
         options["parser_kwargs"] = {"default_env": given, "env_prefix": "PL", **options["parser_kwargs"]}
         super().__init__(model_class, datamodule_class, args=args, **options)
 
+    given_precision: str | None = None  # trainer.precision, before it is chosen for this machine
     _against: Trained | None = None  # the checkpoint that ``test`` compares with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -199,6 +203,7 @@ class DPOCLI(LightningCLI):
         follows = last_given(self._args, str(self.subcommand), "data.seed") is None
         if type(config.seed_everything) is int and follows and "seed" in config.data:
             config.data.seed = config.seed_everything
+        self.given_precision = config.trainer.precision
         if config.trainer.precision is None:
             on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
             config.trainer.precision = precision_for(torch.device("cuda" if on_gpu else "cpu"))
@@ -294,6 +299,13 @@ class DPOCLI(LightningCLI):
         arguments = {name: config[name] for name in inspect.signature(function).parameters if name not in taken}
         several = [value for name in _several(function) for value in arguments.pop(name)]
         function(*several, **arguments, **{name: GIVEN[name](self, config) for name in taken})
+
+
+def number_of_devices(devices: Any) -> int:
+    """The number of devices that ``trainer.devices`` asks for; ``auto`` and -1 count as one."""
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() and int(devices) > 0 else 1
 
 
 def _several(function: Callable[..., Any]) -> list[str]:

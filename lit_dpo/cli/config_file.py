@@ -54,10 +54,7 @@ def changed_settings(config: dict[str, Any], defaults: dict[str, Any]) -> dict[s
     return {
         name: value
         for name, value in given.items()
-        if name != "config"
-        and ".loftq_config." not in name
-        and not (name in usual and _alike(usual[name], value))
-        and value not in ({}, [])
+        if name != "config" and ".loftq_config." not in name and not (name in usual and _alike(usual[name], value))
     }
 
 

@@ -67,8 +67,11 @@ def compare(
         other = find_trained(None, against, trust_remote_code=trust_remote_code, option="--against")
         second = Side(against, other)
     texts = []
-    if prompts is not None or held_out:
-        texts = [one.text for one in collect_prompts(trained, None, prompts, held_out, source)]
+    if prompts is not None or held_out or source is not None:
+        found = collect_prompts(trained, None, prompts, held_out, source)
+        texts = [one.text for one in found if not one.conversation]
+        if len(texts) < len(found):
+            say(f"{len(found) - len(texts)} prompts of several turns are left out: the page asks one at a time.")
     arena = Arena(first, second, Path(output), blind=blind, seed=seed)
     system = trained.data.get("system") if system is None else system
     page = build_page(arena, texts, max_new_tokens, temperature, system)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lit_dpo.audit.estimate import DeviceName, estimate_text, place_of
+from lit_dpo.audit.estimate import DeviceName, Length, estimate_text, place_of
 from lit_dpo.audit.estimate import estimate as estimate_needs
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.files.atomic import write_json
@@ -28,10 +28,10 @@ def estimate(
     Args:
         model: The model that would be trained.
         data: Its data, which is tokenized.
-        length: How long the Trainer would train.
+        length: How the Trainer would train.
         device: The device; by default this machine's CPU.
         memory_gb: Memory of the device in GB, if it is another than the usual.
-        precision: ``trainer.precision`` there; by default what suits the device.
+        precision: Precision there, if it is another than ``trainer.precision``; by default what suits the device.
         output: File to write the estimate to as JSON.
         progress_bar: Whether to show progress bars.
     """
@@ -39,8 +39,9 @@ def estimate(
         raise ValueError(f"--memory_gb must be positive, not {memory_gb}.")
     if device is None:
         device = "mps" if torch.backends.mps.is_available() else "cpu"
-    place = place_of(device, precision, memory_gb)
-    needs = estimate_needs(model, data, place, **length, progress_bar=progress_bar)
+    given = length.pop("precision")
+    place = place_of(device, precision or given, memory_gb)
+    needs = estimate_needs(model, data, place, Length(**length), progress_bar=progress_bar)
     say(estimate_text(needs))
     if output is not None:
         write_json(Path(output), needs.to_dict())

@@ -69,7 +69,7 @@ def explain(
     view = explained(trained, pairs, place)
     say(explanation(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if output is not None:
-        plain = finite(view.to_dict())
+        plain = finite(view.without_folders().to_dict())
         is_page = output.endswith(".html")
         text = token_page(view) if is_page else json.dumps(plain, ensure_ascii=False, indent=2) + "\n"
         with atomic_write(Path(output)) as beside:

@@ -43,6 +43,7 @@ class Round:
 
     turns: list[dict[str, str]]
     order: tuple[int, int]  # which side stands on the left, and which on the right
+    sampling: dict[str, float] = field(default_factory=dict)  # how they were asked
     texts: list[str] = field(default_factory=lambda: ["", ""])  # left and right
     finished: bool = False
     voted: bool = False
@@ -94,7 +95,8 @@ class Arena:
             raise ValueError("Write a prompt first.")
         turns = [{"role": "system", "content": system}] if system else []
         order = (0, 1) if not self.blind or self._places.random() < 0.5 else (1, 0)
-        current = Round([*turns, {"role": "user", "content": prompt}], order)
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        current = Round([*turns, {"role": "user", "content": prompt}], order, sampling)
         for place in (0, 1):
             for piece in self._answer(self.sides[order[place]], current.turns, max_new_tokens, temperature):
                 current.texts[place] += piece
@@ -115,7 +117,7 @@ class Arena:
         names = [self.sides[place].name for place in current.order]
         texts = [text.strip() for text in current.texts]
         vote = {"sides": [side.name for side in self.sides], "models": self.keys, "score": score}
-        vote["prompt"] = current.turns
+        vote |= {"prompt": current.turns, "sampling": current.sampling}
         answered = {"left": names[0], "right": names[1], "answers": texts, "choice": choice}
         self._append(VOTES, vote | answered)
         self.scores.append(score)

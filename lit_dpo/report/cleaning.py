@@ -36,11 +36,15 @@ class SourceRows:
             part: Number of the source.
             number: Number of the row in it.
         """
-        pair = self._readers[part](self._rows[part][number]).result
+        reader = self._readers[part]
+        reading = reader(self._rows[part][number])
+        pair = reading.result
         assert isinstance(pair, PreferencePair), "it became a pair once"
         row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        if self._readers[part].pretemplated:  # texts that are rendered already
+        if reader.pretemplated:  # texts that are rendered already
             row = {name: messages[0]["content"] for name, messages in row.items()}
+        if reader.group_by is not None and reading.group:
+            row[reader.group_by] = reading.group
         if pair.scores:
             row |= {"score_chosen": pair.scores[0], "score_rejected": pair.scores[-1]}
         if pair.tools:

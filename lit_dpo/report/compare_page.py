@@ -66,7 +66,7 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
 
     with gr.Blocks(title="Compare", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# Compare two models")
-        standing = gr.Textbox(arena.standing(), label="Standing", interactive=False)
+        standing = gr.Textbox(arena.standing, label="Standing", interactive=False)
         current, number = gr.State(None), gr.State(0)
         prompt = gr.Textbox(label="Prompt", lines=3, autofocus=True, elem_id="prompt")
         with gr.Row():

@@ -91,18 +91,16 @@ def report_content(runs: list[Run]) -> dict[str, Any]:
 
 def _of_run(run: Run) -> dict[str, Any]:
     summary, before, after = run.summary, run.before, run.after
-    both = {"before": summary.get("before", {}), "after": summary.get("after", {})}
     metrics = {} if run.held_out is None else run.held_out.total.metrics
     values = []
     for key, _, _ in ROWS:
         estimate = metrics.get(key)
-        after_value = both["after"].get(f"val/{key}", None if estimate is None else estimate.value)
+        after_value = run.metrics("after").get(key, None if estimate is None else estimate.value)
         bounds = summary.get("intervals", {}).get(f"val/{key}") or (
             None if estimate is None else [estimate.low, estimate.high]
         )
-        values.append(
-            {"key": key, "before": both["before"].get(f"val/{key}"), "after": after_value, "interval": bounds}
-        )
+        was = run.metrics("before").get(key)
+        values.append({"key": key, "before": was, "after": after_value, "interval": bounds})
     found: dict[str, Any] = {
         "name": run.name,
         "missing": run.missing,
@@ -177,10 +175,16 @@ def _environment(run: Run) -> dict[str, str]:
 
 def _differences(runs: list[Run]) -> list[dict[str, Any]]:
     """The settings in which the runs differ, but for their names."""
-    flat = [flatten(run.config) for run in runs]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    rows = [{"name": name, "values": [_shown(one.get(name)) for one in flat]} for name in names]
-    return [row for row in rows if len(set(row["values"])) > 1 and row["name"] not in ("run_name", "config")]
+    flat, own = [flatten(run.config) for run in runs], [flatten(run.own_config) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for one in flat for name in one):
+        different = {_shown(one.get(name)) for one in own}
+        values = [_shown(one.get(name)) for one in flat]
+        if len(different) > 1 and name not in ("run_name", "config"):
+            if len(set(values)) == 1:  # they differ in the folder, which is not told
+                values = [f"{value} (folder {number})" for number, value in enumerate(values, 1)]
+            rows.append({"name": name, "values": values})
+    return rows
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -194,10 +198,9 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _accuracy_and_kl(run: Run) -> tuple[float | None, float | None, float | None, float | None]:
-    after = run.summary.get("after", {})
-    accuracy = after.get(f"val/{ACCURACY}")
+    after = run.metrics("after")
     low, high = run.summary.get("intervals", {}).get(f"val/{ACCURACY}", (None, None))
-    return accuracy, low, high, after.get("val/kl")
+    return after.get(ACCURACY), low, high, after.get("kl")
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ class Curve(NamedTuple):
     values: list[float]
     mean_of: int  # how many logged numbers a point is the mean of
     not_finite: int  # numbers left out because they are NaN or infinite
+    epochs: Sequence[float] = ()  # epoch of each point, counted from 0; NaN if it is not known
 
     def last(self, share: float = 0.1) -> float:
         """The mean of the last share of the points; NaN without points."""
@@ -35,6 +36,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         ValueError: If a file is no CSV file of numbers.
     """
     found: dict[str, dict[float, float]] = {}
+    epochs: dict[tuple[str, float], float] = {}
     # The first file is metrics_1.csv, and the last one metrics.csv.
     earlier = sorted(folder.glob("metrics_*.csv"), key=lambda path: (len(path.name), path.name))
     for path in [*earlier, *folder.glob("metrics.csv")]:
@@ -51,7 +53,13 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                         # An evaluation is logged with the step that it follows, but for the one before training.
                         step += name.startswith("val/") and trained
                         found.setdefault(name, {})[step] = value
-    return {name: _thinned(sorted(points.items())) for name, points in found.items()}
+                        if row.get("epoch"):
+                            epochs[name, step] = float(row["epoch"])
+    curves = {name: _thinned(sorted(points.items())) for name, points in found.items()}
+    return {
+        name: curve._replace(epochs=[epochs.get((name, step), math.nan) for step in curve.steps])
+        for name, curve in curves.items()
+    }
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Curve:

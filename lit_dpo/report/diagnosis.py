@@ -65,8 +65,8 @@ def _dead(run: Run) -> Iterator[Diagnosis]:
 
 
 def _reference(run: Run) -> Iterator[Diagnosis]:
-    before = run.summary.get("before", {})
-    kl, loss = before.get("val/kl"), before.get("val/loss")
+    before = run.metrics("before")
+    kl, loss = before.get("kl"), before.get("loss", math.nan)
     if not run.facts.get("starts_at_reference") or kl is None or not kl > START_KL:
         return
     yield Diagnosis(
@@ -80,10 +80,10 @@ def _reference(run: Run) -> Iterator[Diagnosis]:
 
 
 def _displacement(run: Run) -> Iterator[Diagnosis]:
-    drop = run.summary.get("after", {}).get("val/displacement/chosen")
+    after = run.metrics("after")
+    drop, rejected = after.get("displacement/chosen"), after.get("displacement/rejected", math.nan)
     if drop is None or not drop < 0:
         return
-    rejected = run.summary["after"].get("val/displacement/rejected", math.nan)
     source = f"{MOST_DROP} nats per token, as guard.max_drop; Razin et al. 2024, arXiv:2410.08847"
     if -drop > MOST_DROP:
         yield Diagnosis(
@@ -158,19 +158,20 @@ def _length(run: Run) -> Iterator[Diagnosis]:
 
 def _overfitting(run: Run) -> Iterator[Diagnosis]:
     loss = run.curves.get("val/loss")
-    if loss is not None and len(loss.values) > 1 and loss.mean_of == 1:
-        best = int(np.argmin(loss.values))
-        rise = loss.values[-1] / loss.values[best] - 1 if loss.values[best] > 0 else 0.0
-        if best < len(loss.values) - 1 and rise > LOSS_RISE:
-            steps = run.summary.get("steps") or loss.steps[-1]
-            epochs = run.summary.get("epochs") or 1
+    trained = [] if loss is None or loss.mean_of > 1 else [place for place, step in enumerate(loss.steps) if step > 0]
+    if loss is not None and len(trained) > 1:
+        best, last = min(trained, key=lambda place: loss.values[place]), trained[-1]
+        rise = loss.values[last] / loss.values[best] - 1 if loss.values[best] > 0 else 0.0
+        if rise > LOSS_RISE:
+            epoch = loss.epochs[best] if loss.epochs else math.nan
+            when = "" if math.isnan(epoch) else f" (epoch {epoch + 1:.0f})"
             yield Diagnosis(
                 "warning",
                 "overfitting",
-                f"Overfitting: the held-out loss is lowest at step {loss.steps[best]:.0f} (epoch "
-                f"{epochs * loss.steps[best] / max(steps, 1):.1f}) and {rise:.0%} higher at the end.",
-                f"Take the checkpoint best-step{loss.steps[best]:.0f}, or train fewer epochs "
-                f"(trainer.max_epochs) or with a lower learning rate.",
+                f"Overfitting: the held-out loss is lowest at step {loss.steps[best]:.0f}{when} and {rise:.0%} higher "
+                "at the end.",
+                f"Take the checkpoint best-step{loss.steps[best]:.0f}, or train fewer epochs (trainer.max_epochs) or "
+                "with a lower learning rate.",
                 f"a rise of {LOSS_RISE:.0%}; Rafailov et al. 2024, arXiv:2406.02900, see DPO degrade within an epoch",
             )
     training, held_out = (run.curves.get(f"{stage}/rewards/accuracies") for stage in ("train", "val"))
@@ -188,8 +189,7 @@ def _overfitting(run: Run) -> Iterator[Diagnosis]:
 
 
 def _step_size(run: Run) -> Iterator[Diagnosis]:
-    before, after = run.summary.get("before", {}), run.summary.get("after", {})
-    kl = after.get("val/kl")
+    kl = run.metrics("after").get("kl")
     if kl is None or (run.facts.get("adapters_zero", 0) and run.facts["adapters_zero"] == run.facts.get("adapters")):
         return
     if kl < SMALL_KL:
@@ -208,12 +208,16 @@ def _step_size(run: Run) -> Iterator[Diagnosis]:
             "Read samples.md. Lower the learning rate, raise β, or train fewer steps.",
             f"{LARGE_KL} nats per token: ours; Gao et al. 2022, arXiv:2210.10760, on over-optimization with distance",
         )
-    if "val/loss" in before and after.get("val/loss", 0.0) > before["val/loss"]:
+
+
+def _loss(run: Run) -> Iterator[Diagnosis]:
+    before, after = run.metrics("before").get("loss"), run.metrics("after").get("loss")
+    if before is not None and after is not None and after > before:
         yield Diagnosis(
             "warning",
             "loss_rose",
-            f"The held-out loss rose from {before['val/loss']:.4f} to {after['val/loss']:.4f}: the policy is more "
-            "wrong, and surer of it, than before.",
+            f"The held-out loss rose from {before:.4f} to {after:.4f}: the policy is more wrong, and surer of it, than "
+            "before.",
             "Lower the learning rate, or look at the labels: python -m lit_dpo suspects.",
             "exact: at the reference the loss is what knowing nothing costs (ln 2 for DPO)",
         )
@@ -264,6 +268,7 @@ def _calibrated(run: Run) -> Iterator[Diagnosis]:
 
 def _not_finite(run: Run) -> Iterator[Diagnosis]:
     lost = {name: curve.not_finite for name, curve in run.curves.items() if curve.not_finite}
+    lost |= {f"{name} at the end": 1 for name, value in run.summary.get("after", {}).items() if value is None}
     if lost:
         names = ", ".join(f"{name} ({count})" for name, count in lost.items())
         yield Diagnosis(
@@ -282,6 +287,7 @@ RULES: tuple[Callable[[Run], Iterator[Any]], ...] = (
     _length,
     _overfitting,
     _step_size,
+    _loss,
     _chance,
     _calibrated,
     _not_finite,

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lit_dpo.training.ranks import gather_objects
 FOLDER = "evidence"  # in the folder of a run
 PAIRS, TOKENS, WARNINGS, DYNAMICS = "held_out.jsonl", "tokens.jsonl", "warnings.jsonl", "dynamics.jsonl"
 FACTS, CHANGED = "run.json", "changed.json"
-CHOICES: dict[str, Callable[[PairTokens], float]] = {  # pairs whose tokens are kept: those with the greatest value
+CHOICES: dict[str, Callable[[PairTokens], float | None]] = {  # pairs whose tokens are kept: with the greatest value
     "best": lambda one: one.margin,
     "worst": lambda one: -one.margin,
     "most changed": lambda one: one.moved,
@@ -64,8 +65,9 @@ class TokenCollector:
         """The pairs with the greatest values, and why each was chosen."""
         why: dict[int, list[str]] = {}
         for name, value in CHOICES.items():
-            order = sorted(range(len(pairs)), key=lambda place: -value(pairs[place]))
-            for place in order[: self.num_pairs]:
+            numbers = [(value(one), place) for place, one in enumerate(pairs)]
+            known = [(number, place) for number, place in numbers if number is not None and math.isfinite(number)]
+            for _, place in sorted(known, key=lambda item: -item[0])[: self.num_pairs]:
                 why.setdefault(place, []).append(name)
         return [(pairs[place], reasons) for place, reasons in why.items()]
 

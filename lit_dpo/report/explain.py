@@ -39,9 +39,11 @@ def place_of_row(pairs: PairDataset, row: int) -> int:
     """The place of the held-out pair that is a given row of its source.
 
     Raises:
-        ValueError: If no held-out pair is that row.
+        ValueError: If no held-out pair is that row, or if several sources have it.
     """
     rows = [number for _, number in pairs.origins()]
+    if rows.count(row) > 1:
+        raise ValueError(f"--row {row}: several sources have such a row: {pairs.source}. Name one with --source.")
     if row not in rows:
         some = ", ".join(map(str, sorted(rows)[:8]))
         raise ValueError(
@@ -82,7 +84,8 @@ def explanation(view: TokenView, color: bool = False, width: int | None = None) 
     order = "as people ordered them" if view.margin > 0 else "against the label" if view.margin < 0 else "undecided"
     lines = [
         f"{view.source}, row {view.row}",
-        f"margin {view.margin:+.4f}: {order}. The policy has moved {view.moved:.4f} nats per token.",
+        f"margin {view.margin:+.4f}: {order}."
+        + ("" if view.moved is None else f" The policy has moved {view.moved:.4f} nats per token."),
         "",
         *_wrapped(view.prompt.strip(), width),
     ]

@@ -1,10 +1,11 @@
 """The folder of a run ──► what is known of it."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -25,6 +26,7 @@ class Run:
     name: str
     summary: dict[str, Any]  # summary.json
     config: dict[str, Any]  # config.yaml, without secrets and folders
+    own_config: dict[str, Any]  # the same with folders, to compare with others; it is not shown
     changed: dict[str, Any] | None  # settings that are not the defaults, by dotted name; None if not known
     curves: dict[str, Curve]
     facts: dict[str, Any]  # what the trained model told of itself
@@ -49,14 +51,13 @@ class Run:
         """The metrics of the last evaluation with intervals, by group."""
         return None if self.after is None else held_out_metrics(self.after, Resampling())
 
-    def setting(self, name: str, default: Any = None) -> Any:
-        """A setting of ``config.yaml`` by its dotted name."""
-        value: Any = self.config
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                return default
-            value = value[part]
-        return value
+    def metrics(self, when: Literal["before", "after"]) -> dict[str, float]:
+        """Finite held-out metrics before or after training, as the summary or else the pairs themselves tell."""
+        told = {name.removeprefix("val/"): value for name, value in self.summary.get(when, {}).items()}
+        table = self.before if when == "before" else self.after
+        if not told and table is not None:
+            told = {name: float(table.values[name].sum() / table.counts[name].sum()) for name in table.values}
+        return {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
 
 
 def read_run(path: Path) -> Run:
@@ -75,7 +76,8 @@ def read_run(path: Path) -> Run:
     told = {
         "metrics.csv": "no curves: the run has no metrics.csv. Lightning's CSVLogger writes it.",
         "summary.json": "no summary: the run did not end, or RunSummary was left out.",
-        f"{FOLDER}/{PAIRS}": "nothing of single pairs: no evaluation was finished, or RunReport was left out.",
+        f"{FOLDER}/{PAIRS}": "nothing of single pairs: no evaluation was finished, RunReport was left out, or the "
+        "pairs are not those of a PreferenceDataModule.",
         f"{FOLDER}/audit.json": "no audit: the data was a stream or not a PreferenceDataModule, or report.audit=false.",
     }
     missing = [message for name, message in told.items() if not (path / name).exists()]
@@ -85,13 +87,14 @@ def read_run(path: Path) -> Run:
     return Run(
         path,
         f"{path.parent.name}/{path.name}" if path.name.startswith("version_") else path.name,
-        _json(path / "summary.json"),
+        shorten_paths(_json(path / "summary.json")),
         shorten_paths(config),
+        config,
         shorten_paths(changed) if (evidence / CHANGED).exists() else None,
         read_curves(path),
-        _json(evidence / FACTS),
+        shorten_paths(_json(evidence / FACTS)),
         shorten_paths(read_lines(evidence / PAIRS)),
-        [TokenView.from_dict(line) for line in read_lines(evidence / TOKENS)],
+        [TokenView.from_dict(line).without_folders() for line in read_lines(evidence / TOKENS)],
         shorten_paths(read_lines(evidence / WARNINGS)),
         shorten_paths(_json(evidence / "audit.json")),
         missing,

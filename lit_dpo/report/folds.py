@@ -234,13 +234,15 @@ def stored_optimizer(stored: Any) -> Callable[[Any], torch.optim.Optimizer]:
     Raises:
         ValueError: If the class is another's, or there is none.
     """
-    module, _, name = str((stored or {}).get("class_path", "")).rpartition(".")
-    if not f"{module}.".startswith(tuple(f"{known}." for known in KNOWN_OPTIMIZERS)):
+    path = str((stored or {}).get("class_path", "unknown"))
+    module, _, name = path.rpartition(".")
+    known = f"{module}.".startswith(tuple(f"{known}." for known in KNOWN_OPTIMIZERS))
+    kind = getattr(importlib.import_module(module), name, None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(
-            f"The checkpoint's optimizer is {module}.{name}: only those of {' and '.join(KNOWN_OPTIMIZERS)} are built "
+            f"The checkpoint's optimizer is {path}: only those of {' and '.join(KNOWN_OPTIMIZERS)} are built "
             "from a checkpoint. Train with one of them, such as torch.optim.AdamW."
         )
-    kind = getattr(importlib.import_module(module), name)
     settings = dict(stored.get("init_args") or {})
     return lambda parameters: kind(parameters, **settings)
 

@@ -1,5 +1,6 @@
 """A run ──► the training pairs whose label it contradicts: a table, JSON lines and a page to review them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,7 +14,7 @@ from lit_dpo.evaluation.statistics import Estimate, Resampling
 from lit_dpo.evaluation.trained import Trained
 from lit_dpo.files.atomic import atomic_write, finite
 from lit_dpo.report.cleaning import SourceRows
-from lit_dpo.report.evidence import DYNAMICS, FOLDER, read_lines, write_lines
+from lit_dpo.report.evidence import DYNAMICS, FACTS, FOLDER, read_lines, write_lines
 from lit_dpo.report.folds import CrossFit, Margins, cross_fitted
 from lit_dpo.report.page import review_page
 from lit_dpo.report.quantities import histogram
@@ -78,6 +79,8 @@ def load_training(trained: Trained) -> Training:
         raise ValueError("The checkpoint does not tell its data. Train with data.source as a name, a file or a folder.")
     if arguments.get("streaming"):
         raise ValueError("The training pairs were a stream, which is not kept. Give a run without data.streaming.")
+    if int(arguments.get("max_responses") or 2) > 2:
+        raise ValueError("A ranked list has no label to flip. Give a run on pairs (data.max_responses=2).")
     data = PreferenceDataModule(**{**arguments, "tokenizer": trained.tokenizer})
     loaded = data.loading.load(data.load_tokenizer(), trains=True, evaluates=False, progress_bar=True)
     assert loaded.train is not None
@@ -116,10 +119,11 @@ def find_suspects(
         every[places] = values
         return every
 
-    prompts = np.unique(training.train.digests("prompt_key")[known], return_inverse=True)[1]
     # What a run's models say of labels that they have learned tells nothing: only its first epoch counts here.
-    unseen = rank(margins.values[known][:, :1]) if method == "dynamics" else few
-    share = flipped_share(unseen, prompts, margins.trusted, margins.trusted_prompts, resampling)
+    columns = margins.values[:, :1] if method == "dynamics" else margins.values
+    counted = np.isfinite(columns).any(axis=1)
+    prompts = np.unique(training.train.digests("prompt_key")[counted], return_inverse=True)[1]
+    share = flipped_share(rank(columns[counted]), prompts, margins.trusted, margins.trusted_prompts, resampling)
     order = np.concatenate([places[few.order], unmeasured])
     ranking = Ranking(order, spread(few.margins), spread(few.spread), spread(few.wrong), few.scale)
     return Suspects(training, method, ranking, share, resampling.level, len(unmeasured))
@@ -137,6 +141,14 @@ def recorded(trained: Trained, train: PairDataset) -> Margins:
         raise ValueError(
             f"--method dynamics: {path or trained.path} tells no margins of training pairs. RunReport writes them at "
             "the end of fit. Take --method cross_fit."
+        )
+    assert path is not None
+    facts = path.parent / FACTS
+    begun = json.loads(facts.read_text(encoding="utf-8")).get("margins_from_step") if facts.exists() else 0
+    if begun:
+        raise ValueError(
+            f"--method dynamics: the run went on from step {begun}, so the margins before are not known. Take --method "
+            "cross_fit."
         )
     places = {(train.parts[part].source, row): place for place, (part, row) in enumerate(train.origins())}
     values = np.full((len(train), max(len(line["margins"]) for line in lines)), np.nan)
@@ -206,11 +218,13 @@ def save_suspects(found: Suspects, folder: Path, most: int) -> list[Path]:
     if training.loading.val_size is not None and training.held_out is not None:
         paths.append(folder / "held_out.jsonl")
         write_lines(paths[-1], (rows.read(*origin) for origin in training.held_out.origins()))
-    every: list[dict[str, Any]] | None = [
-        {"source": names[part], "row": number, **rows.read(part, number)} for part, number in origins
-    ]
-    if sum(len(str(one)) for one in every or ()) > MOST_EMBEDDED:
-        every = None
+    every: list[dict[str, Any]] = []
+    size = 0
+    for part, number in origins:
+        every.append({"source": names[part], "row": number, **rows.read(part, number)})
+        size += len(str(every[-1]))
+        if size > MOST_EMBEDDED:
+            break
     margins = found.ranking.margins[np.isfinite(found.ranking.margins)]
     content = finite(
         {
@@ -220,7 +234,7 @@ def save_suspects(found: Suspects, folder: Path, most: int) -> list[Path]:
             "share": share_lines(found.share, found.level),
             "num_pairs": len(training.train),
             "suspects": lines[:most],
-            "pairs": every,
+            "pairs": every if size <= MOST_EMBEDDED else None,
         }
     )
     with atomic_write(paths[1]) as beside:

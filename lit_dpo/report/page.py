@@ -32,6 +32,7 @@ def as_page(content: dict[str, Any]) -> str:
 
 def token_page(view: TokenView) -> str:
     """The page of one pair, token by token."""
+    view = view.without_folders()
     title = f"{view.source}, row {view.row}"
     content = finite({"title": title, "charts": [], "runs": [{"name": title, "tokens": [view.to_dict()]}]})
     return _rendered("tokens.html.jinja", content)
@@ -62,6 +63,7 @@ def _rendered(template: str, content: dict[str, Any], names: tuple[str, ...] = S
             strongest=strongest,
             shade=shade,
             shown=shown,
+            signed=signed,
         )
     )
 
@@ -99,6 +101,11 @@ def strongest(view: dict[str, Any]) -> float:
 def shade(value: float, most: float) -> int:
     """How strong the colour of a token is, in percent of the full one: 60 for a share of ``most`` and above."""
     return round(60 * min(1.0, abs(value) / most)) if most else 0
+
+
+def signed(value: float | None) -> str:
+    """A number with its sign; a dash if it is not known or not finite."""
+    return "–" if value is None else f"{value:+.3f}"  # noqa: RUF001
 
 
 def shown(token: str) -> Markup:

@@ -6,7 +6,7 @@ et al. 2024, arXiv:2404.12358, section 4).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.base.tokenizer import token_texts
 from lit_dpo.data.tokenization import TokenizedPair
+from lit_dpo.files.secrets import shorten_paths
 from lit_dpo.objectives import Objective, Rewards
 from lit_dpo.training.step import BatchRecord
 
@@ -32,8 +33,13 @@ class PairTokens(NamedTuple):
         return self.rewards[0] - self.rewards[1]
 
     @property
-    def moved(self) -> float:
-        """Mean of ½(log π - log π_ref)² over the tokens of both responses: how far the policy has moved, in nats."""
+    def moved(self) -> float | None:
+        """Mean of ½(log π - log π_ref)² over the tokens of both responses: how far the policy has moved, in nats.
+
+        None without a reference.
+        """
+        if self.reference is None:
+            return None
         ratios = np.concatenate(self.log_ratios())
         return float(np.square(ratios).mean() / 2) if len(ratios) else 0.0
 
@@ -63,7 +69,7 @@ class TokenView:
     row: int
     why: list[str]  # why it is shown: best, worst, most changed
     margin: float
-    moved: float  # nats per token
+    moved: float | None  # nats per token; None without a reference
     prompt: str
     chosen: ResponseView
     rejected: ResponseView
@@ -71,6 +77,10 @@ class TokenView:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    def without_folders(self) -> "TokenView":
+        """The same with a source without folders of this machine, for a page that is handed on."""
+        return replace(self, source=str(shorten_paths(self.source)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenView":
@@ -102,7 +112,8 @@ def pair_tokens(record: BatchRecord, objective: Objective, places: Sequence[int]
     values = [policy.responses.token_logps.float().cpu().numpy()]
     if reference is not None and reference.responses is not None:
         values.append(reference.responses.token_logps.float().cpu().numpy())
-    lengths, pairs, start, found = record.batch.response_lengths, record.batch.pairs(), 0, []
+    batch = record.batch.to("cpu")  # at once, not part by part
+    lengths, pairs, start, found = batch.response_lengths, batch.pairs(), 0, []
     stops = np.cumsum([0, *lengths])
     for place, segment in enumerate(record.batch.segments):
         end = start + len(segment.responses)

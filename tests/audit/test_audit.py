@@ -289,6 +289,8 @@ def test_prepare_does_what_fit_would_do_first(tiny: list[str], caplog: pytest.Lo
     assert after == made, "fit reads both from the caches"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_on_real_rows(ultrafeedback: Path, tiny: list[str]) -> None:
     main(["audit", *tiny[4:], "--data.source", str(ultrafeedback), "--output", "out", "--data.max_length", "4096"])
     sources = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))["sources"]

@@ -155,6 +155,20 @@ def test_the_command(tiny_base: str, pairs_file: str, tmp_path: Path, capsys: py
     assert "It does not fit" in printed
     assert "model.quantization=nf4" in printed
     assert "It fits on T4" in printed
+    main([*arguments, "--device", "a10", "--memory_gb", "0.0001", "--model.gradient_checkpointing", "false"])
+    assert "model.gradient_checkpointing=auto takes" in capsys.readouterr().out
+    main([*arguments, "--device", "h100", "--trainer.precision", "32-true", "--trainer.devices", "2"])
+    printed = capsys.readouterr().out
+    assert "Memory on H100 in 32-true" in printed
+    assert "6 steps, 3 epochs" in printed
+    assert "2, of which each takes that memory" in printed
+    main([*arguments, "--device", "h100", "--trainer.accumulate_grad_batches", "3"])
+    assert "6 steps, 3 epochs" in capsys.readouterr().out, "the last step of an epoch has one batch"
+    with pytest.raises(ValueError, match="The run has no end"):
+        main([*arguments, "--trainer.max_epochs", "-1"])
+    another = ["--model.reference", "AnotherModel", "--model.reference.base", tiny_base]
+    main([*arguments, "--device", "h100", *another, "--model.reference.cached", "false"])
+    assert "reference model" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--memory_gb must be positive"):
         main([*arguments, "--memory_gb", "-1"])
 

@@ -72,6 +72,19 @@ def test_the_training_is_the_same_with_it(tiny: list[str]) -> None:  # noqa: F81
     assert read_lines(Path("runs/without/version_0/evidence/tokens.jsonl")) == []
 
 
+def test_a_run_that_goes_on_keeps_what_was_measured_before(tiny: list[str]) -> None:  # noqa: F811
+    main(["fit", *tiny, "--trainer.max_steps", "2", "--run_name", "r"])
+    ckpt = "runs/r/version_0/checkpoints/last.ckpt"
+    main(["fit", *tiny, "--trainer.max_steps", "4", "--run_name", "r", "--ckpt_path", ckpt])
+    first, second = (read_lines(Path(f"runs/r/version_{n}/evidence/held_out.jsonl")) for n in (0, 1))
+    assert [line["before"] for line in second] == [line["before"] for line in first]
+    assert second[0]["before"] is not None
+    assert [line["after"] for line in second] != [line["after"] for line in first]
+    assert json.loads(Path("runs/r/version_1/evidence/run.json").read_text())["margins_from_step"] == 2
+    with pytest.raises(ValueError, match="the run went on from step 2"):
+        main(["suspects", "--ckpt_path", "runs/r/version_1/checkpoints/last.ckpt", "--method", "dynamics"])
+
+
 def test_in_a_script_of_ones_own(tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",

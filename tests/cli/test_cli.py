@@ -144,6 +144,8 @@ def test_the_command_line_beats_the_checkpoint(tiny: list[str]) -> None:
     assert config["model"]["objective"]["init_args"]["beta"] == 0.5, "what is not given comes from the checkpoint"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_same_configuration_overrides_nothing(tiny: list[str], recwarn: pytest.WarningsRecorder) -> None:
     main(["fit", *tiny, "--model.quantization", "nf4"])
     run = "runs/dpo/version_0"
@@ -179,6 +181,8 @@ def test_a_checkpoint_that_is_not_there_is_noticed_first(tiny: list[str]) -> Non
         main(["fit", *tiny, "--ckpt_path", "nowhere.ckpt"])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_other_batches_after_an_epoch_are_told_of(tiny: list[str]) -> None:
     main(["fit", *tiny])
     arguments = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt", "--data.batch_size", "2"]
@@ -697,6 +701,8 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_from_there(tiny: list[str])
     assert_saved_and_goes_on(tiny)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_slurm_requeues_a_job_which_then_goes_on(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"NTASKS": "1", "JOB_ID": "17", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "dpo"}
     for name, value in job.items():

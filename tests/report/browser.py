@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS, SCHEMES = (360, 1280), ("light", "dark")
+SCHEMES = ("light", "dark")
 
 
 def chromium() -> str:

@@ -45,7 +45,7 @@ def test_two_answers_grow_and_a_vote_becomes_a_pair(model: Trained, tmp_path: Pa
 
 
 def finished(order: tuple[int, int], left: str = "a", right: str = "b") -> Round:
-    return Round([{"role": "user", "content": "hi"}], order, [left, right], finished=True)
+    return Round([{"role": "user", "content": "hi"}], order, texts=[left, right], finished=True)
 
 
 def test_places_are_hidden_and_counted_right(model: Trained, tmp_path: Path) -> None:

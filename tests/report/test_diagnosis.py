@@ -74,7 +74,8 @@ SUMMARY: dict[str, Any] = {"before": {"val/loss": 0.693, "val/kl": 0.0}}
         ({"facts": {"adapters_zero": 1, "adapters_zero_names": ["q"]}}, "dead_adapters"),
         ({"summary": {"before": {"val/loss": 0.9, "val/kl": 0.3}}}, "reference_mismatch"),
         ({"summary": {"after": {"val/displacement/chosen": -0.7, "val/kl": 0.1}}}, "displacement"),
-        ({"curves": {"val/loss": curve(0.7, 0.5, 0.6)}}, "overfitting"),
+        ({"curves": {"val/loss": curve(0.7, 0.6, 0.5, 0.6)}}, "overfitting"),
+        ({"summary": {"before": {"val/loss": 0.6}, "after": {"val/loss": 0.8}}}, "loss_rose"),
         ({"summary": {"after": {"val/loss": 0.8, "val/kl": 0.1}}}, "loss_rose"),
         ({"summary": {"after": {"val/kl": 1e-5}}}, "small_step"),
         ({"summary": {"after": {"val/kl": 3.0}}}, "large_step"),
@@ -108,6 +109,10 @@ def test_what_a_run_is_blamed_for(known: dict[str, Any], code: str) -> None:
 )  # fmt: skip
 def test_what_its_held_out_pairs_tell(pairs: PairTable, code: str) -> None:
     assert code in codes(run(pairs))
+
+
+def test_the_loss_before_training_is_no_checkpoint_to_take() -> None:
+    assert "overfitting" not in codes(run(curves={"val/loss": curve(0.5, 0.6)}))
 
 
 def test_every_verdict_has_a_remedy_and_a_source() -> None:

@@ -18,7 +18,7 @@ from lit_dpo.report.page import review_page
 from lit_dpo.report.quantities import histogram
 from lit_dpo.report.run import write_report
 from tests.conftest import CHECKPOINT, REPOSITORY
-from tests.report.browser import SCHEMES, WIDTHS, chromium, opened, violations, wait_for
+from tests.report.browser import SCHEMES, chromium, opened, violations, wait_for
 
 QUICKSTART = Path(__file__).parent / "quickstart"  # what a run of the quickstart left, on 2026-11-26
 PICTURES = REPOSITORY / ".github/pictures"
@@ -45,8 +45,18 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([folder], folder)[0]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+AT_EACH_CHANGE = [pytest.mark.ci, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (1280, "light"),
+        pytest.param(360, "light", marks=AT_EACH_CHANGE),
+        pytest.param(1280, "dark", marks=AT_EACH_CHANGE),
+    ],
+)
 def test_the_report_in_a_browser(page_file: Path, width: int, scheme: str) -> None:
     with opened(page_file, width, scheme) as page:
         drawn(page)
@@ -90,6 +100,8 @@ def test_the_reports_controls(page_file: Path) -> None:
         assert not page.locator("nav.bar").is_visible()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_several_runs_in_a_browser(tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(QUICKSTART, tmp_path / name)

@@ -11,7 +11,7 @@ import pytest
 from lit_dpo.callbacks import RunReport
 from lit_dpo.cli.app import main
 from lit_dpo.cli.config_file import changed_settings
-from lit_dpo.report.evidence import pair_lines, read_lines, table_of
+from lit_dpo.report.evidence import pair_lines, read_lines, table_of, write_lines
 from lit_dpo.report.folder import read_run
 from lit_dpo.report.run import write_report
 from tests.conftest import CHECKPOINT
@@ -184,3 +184,65 @@ def test_explaining_a_held_out_pair(trained: Path, tmp_path: Path, capsys: pytes
 def test_what_cannot_be_explained(trained: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         main(["explain", "--ckpt_path", str(trained / CHECKPOINT), *arguments])
+
+
+def broken(value: float) -> float:
+    """A number as a run that diverged logs it."""
+    return value * float("nan")
+
+
+def test_a_run_that_diverged_has_a_report(run: Path) -> None:
+    path = run / "evidence/tokens.jsonl"
+    lines = read_lines(path)
+    lines[0]["margin"] = lines[0]["moved"] = lines[0]["chosen"]["reward"] = float("nan")
+    lines[0]["chosen"]["rewards"] = [float("nan")] * len(lines[0]["chosen"]["rewards"])
+    write_lines(path, lines)
+    path = run / "evidence/held_out.jsonl"
+    lines = read_lines(path)
+    lines[0]["after"] = {name: broken(value) for name, value in lines[0]["after"].items()}
+    write_lines(path, lines)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["after"]["val/loss"] = None
+    (run / "summary.json").write_text(json.dumps(summary))
+    content = json.loads(write_report([run])[1].read_text())
+    codes = {one["code"]: one["message"] for one in content["runs"][0]["verdicts"]}
+    assert "val/loss at the end (1)" in codes["not_finite"]
+
+
+def test_no_folder_of_this_machine_is_in_the_page(run: Path) -> None:
+    told = {
+        "config.yaml": "model:\n  base: /home/alice/models/x\ndata:\n  source: /home/alice/client/p.jsonl\n",
+        "evidence/run.json": '{"base": "/home/alice/models/x", "objective": "Sigmoid"}',
+    }
+    for name, text in told.items():
+        (run / name).write_text(text)
+    for name in ("tokens", "held_out"):
+        path = run / f"evidence/{name}.jsonl"
+        write_lines(path, [line | {"source": "/home/alice/client/p.jsonl"} for line in read_lines(path)])
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"data": ["/home/alice/client/p.jsonl: read as: x"]}))
+    html, plain = write_report([run])
+    for path in (html, plain):
+        assert "alice" not in path.read_text()
+        assert "p.jsonl" in path.read_text()
+
+
+def test_runs_on_files_of_the_same_name_differ(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other/version_0"))
+    for folder, place in ((run, "v1"), (other, "v2")):
+        (folder / "config.yaml").write_text(f"data:\n  source: /data/{place}/train.jsonl\n")
+    content = json.loads(write_report([run, other], tmp_path)[1].read_text())
+    assert content["differences"] == [
+        {"name": "data.source", "values": ["train.jsonl (folder 1)", "train.jsonl (folder 2)"]}
+    ]
+
+
+def test_verdicts_of_an_interrupted_run_come_from_its_pairs(run: Path) -> None:
+    (run / "summary.json").unlink()
+    path = run / "evidence/held_out.jsonl"
+    lines = read_lines(path)
+    for line in lines:
+        line["after"] |= {"kl": 3.0, "displacement/chosen": -2.0}
+    write_lines(path, lines)
+    content = json.loads(write_report([run])[1].read_text())
+    assert {"displacement", "large_step"} <= {one["code"] for one in content["runs"][0]["verdicts"]}

@@ -100,6 +100,10 @@ def test_of_a_ranked_list_the_best_and_the_worst_response_are_shown() -> None:
     assert tokens.policy[1][0] == pytest.approx(float(found.policy.responses.token_logps[-1]))
 
 
+def test_without_a_reference_nothing_has_moved() -> None:
+    assert token_view(pair_tokens(record(PAIRS[:1], False), SimPO(), [0])[0], tiny_tokenizer()).moved is None
+
+
 class OneRank:
     is_global_zero, world_size = True, 1
 

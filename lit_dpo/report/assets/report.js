@@ -95,10 +95,18 @@ function histogram(figure, canvas) {
     const outline = before.flatMap((bar) => [{ x: bar.low, y: bar.count }, { x: bar.high, y: bar.count }]);
     marks.push(Plot.line(outline, { x: "x", y: "y", stroke: "var(--orange)", strokeWidth: 2 }));
   }
-  if (found.before) legend(canvas, [...(found.before ? [[spread ? "before" : "before: all alike", "var(--orange)"]] : []), ["after", "var(--blue)"]]);
+  if (found.before) legend(canvas, [...(found.before ? [[spread ? "before" : "before: all in one bin", "var(--orange)"]] : []), ["after", "var(--blue)"]]);
   if (found.before && !spread) {
     const at = found.before.findIndex((count) => count > 0);
     marks.push(Plot.ruleX([(found.edges[at] + found.edges[at + 1]) / 2], { stroke: "var(--orange)", strokeWidth: 2.5 }));
+  }
+  const outside = [...found.below, ...found.above].reduce((sum, count) => sum + count, 0);
+  figure.querySelector(".beyond")?.remove();
+  if (outside) {
+    const note = document.createElement("p");
+    note.className = "beyond soft small";
+    note.textContent = `The outermost bars also have the ${outside} values beyond them.`;
+    canvas.after(note);
   }
   plot(canvas, `Histogram of ${total} pairs from ${short(found.edges[0])} to ${short(found.edges[found.edges.length - 1])}`, {
     x: { label: null, ticks: 5 }, y: { label: "pairs", grid: true, ticks: Math.min(4, Math.max(...found.after)), labelAnchor: "top" }, marginTop: 26,
