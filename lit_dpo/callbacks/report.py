@@ -78,7 +78,6 @@ class RunReport(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         loaded = getattr(data, "loaded", None)
         folder = run_dir(trainer)
-        self._first_step = trainer.global_step
         if not self._writes or not trainer.is_global_zero:
             return
         with _never_spoiling("the data cannot be audited"):
@@ -87,6 +86,10 @@ class RunReport(Callback):
         if trainer.ckpt_path:
             with _never_spoiling("the held-out pairs of the run before cannot be read"):
                 self._before = table_of(read_lines(Path(trainer.ckpt_path).parents[1] / FOLDER / PAIRS), "before")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step that a run goes on from, which is restored by now."""
+        self._first_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts empty tables."""

@@ -34,6 +34,7 @@ def run(pairs: PairTable | None = None, **known: Any) -> Run:
     fields: dict[str, Any] = {
         "summary": {"before": {"val/loss": 0.693}, "after": {"val/loss": 0.5, "val/kl": 0.1}, "steps": 10, "epochs": 1},
         "config": {},
+        "own_config": {},
         "changed": None,
         "curves": {},
         "facts": {"starts_at_reference": True, "adapters": 4, "adapters_zero": 0},

@@ -211,19 +211,19 @@ def test_a_run_that_diverged_has_a_report(run: Path) -> None:
 
 def test_no_folder_of_this_machine_is_in_the_page(run: Path) -> None:
     told = {
-        "config.yaml": "model:\n  base: /home/alice/models/x\ndata:\n  source: /home/alice/client/p.jsonl\n",
-        "evidence/run.json": '{"base": "/home/alice/models/x", "objective": "Sigmoid"}',
+        "config.yaml": "model:\n  base: /home/zoltan/models/x\ndata:\n  source: /home/zoltan/client/p.jsonl\n",
+        "evidence/run.json": '{"base": "/home/zoltan/models/x", "objective": "Sigmoid"}',
     }
     for name, text in told.items():
         (run / name).write_text(text)
     for name in ("tokens", "held_out"):
         path = run / f"evidence/{name}.jsonl"
-        write_lines(path, [line | {"source": "/home/alice/client/p.jsonl"} for line in read_lines(path)])
+        write_lines(path, [line | {"source": "/home/zoltan/client/p.jsonl"} for line in read_lines(path)])
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps(summary | {"data": ["/home/alice/client/p.jsonl: read as: x"]}))
+    (run / "summary.json").write_text(json.dumps(summary | {"data": ["/home/zoltan/client/p.jsonl: read as: x"]}))
     html, plain = write_report([run])
     for path in (html, plain):
-        assert "alice" not in path.read_text()
+        assert "zoltan" not in path.read_text()
         assert "p.jsonl" in path.read_text()
 
 
