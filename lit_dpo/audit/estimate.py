@@ -28,7 +28,7 @@ from lit_dpo.audit.run import is_cached
 from lit_dpo.datamodule import PreferenceDataModule
 from lit_dpo.module import DPOModule
 from lit_dpo.policy.execution import Switch
-from lit_dpo.policy.precision import precision_for
+from lit_dpo.policy.precision import PRECISIONS, precision_for
 from lit_dpo.reference import AnotherModel
 
 DeviceName: TypeAlias = Literal["t4", "l4", "a10", "a100", "h100", "h200", "mps", "cpu"]
@@ -139,10 +139,17 @@ def place_of(device: DeviceName, precision: str | None = None, memory_gb: float 
         device: Its name.
         precision: ``trainer.precision``; by default what suits the device.
         memory_gb: Its memory, if it is another than the usual.
+
+    Raises:
+        ValueError: If the precision is unknown, or the device does not have it.
     """
     room = None if memory_gb is None else memory_gb * 1e9
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"The precision is {', '.join(PRECISIONS)}, not {precision}.")
     if device in CARDS:
         card = CARDS[device]
+        if device == "t4" and precision == "bf16-mixed":
+            raise ValueError("A T4 does not multiply bfloat16. Leave the precision out, or give 16-mixed or 32-true.")
         room = USABLE * (card.memory * 1e9 if room is None else room)
         rate = SHARE * card.rate * 1e12
         return Place(card.name, room, rate, precision or card.precision, "cuda", WORKSPACE)
@@ -267,17 +274,20 @@ def _other_model(model: DPOModule, wide: int) -> float:
 def estimate_text(needs: Needs) -> str:
     """An estimate for the terminal."""
     size, place = needs.size, needs.place
-    share = size.trained / (size.total + (0 if size.all_train else size.trained))
+    total = size.total + (0 if size.all_train else size.trained)
+    share = size.trained / total
     lines = [
-        f"{'parameters':<28}{size.total / 1e6:,.1f} M, of which {size.trained / 1e6:,.1f} M train ({share:.1%})",
+        f"{'parameters':<28}{total / 1e6:,.1f} M, of which {size.trained / 1e6:,.1f} M train ({share:.1%})",
         f"{'training pairs':<28}{needs.pairs:,}, with {needs.tokens:,} tokens, each prompt once",
         f"{'longest batch':<28}{needs.batch.tokens:,} tokens in {needs.batch_size} pairs",
         f"{'run':<28}{needs.run.steps:,} steps, {needs.run.epochs:.3g} epochs",
         "",
         f"Memory on {place.name} in {place.precision}, GB",
-        f"{'':<28}{'recomputed':>12}{'kept':>12}",
+        f"{'  activations are':<28}{'recomputed':>12}{'kept':>12}",
     ]
     for name in vars(needs.memory):
+        if name == "reference_model" and not needs.memory.reference_model:
+            continue
         values = (getattr(one, name) / 1e9 for one in (needs.recomputed, needs.memory))
         lines.append(f"  {name.replace('_', ' '):<26}" + "".join(f"{value:>12.2f}" for value in values))
     lines.append(f"{'peak of a step':<28}{needs.recomputed.total / 1e9:>12.2f}{needs.memory.total / 1e9:>12.2f}")
@@ -287,7 +297,7 @@ def estimate_text(needs: Needs) -> str:
     if needs.processes > 1:
         lines.append(f"{'processes':<28}{needs.processes}, of which each takes that memory")
     lines.append(f"{'operations':<28}{needs.operations:.2e}")
-    lines.append(f"{'least time':<28}{_time(needs.hours)}")
+    lines.append(f"{'time, at least' if place.kind == 'cuda' else 'time, roughly':<28}{_time(needs.hours)}")
     return "\n".join([*lines, "", *_verdict(needs)])
 
 

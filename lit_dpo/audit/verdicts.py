@@ -74,7 +74,8 @@ def _of_source(source: SourceFacts, filters: Filters) -> Iterator[Verdict]:
             "warning",
             "cut",
             f"{name}: {cut:.0%} of the pairs are cut (prompts {source.cut_prompts}, responses {source.cut_responses}). "
-            "A cut response has no end to learn from. Raise data.max_length, or set data.overlong=drop.",
+            "A cut response has no end to learn from. Raise data.max_length or data.max_response_length, or set "
+            "data.overlong=drop.",
         )
     for note, code, severity in (
         (NO_EOS, "no_eos", "error"),

@@ -32,7 +32,7 @@ from lit_dpo.report.evidence import (
     table_of,
     write_lines,
 )
-from lit_dpo.report.run import write_report
+from lit_dpo.report.run import verdict_line, write_report
 from lit_dpo.report.tokens import rewards_of
 from lit_dpo.training.ranks import gather_objects
 from lit_dpo.training.run_dir import run_dir
@@ -179,8 +179,8 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.save()  # the last lines of metrics.csv
         try:
-            write_report([folder], folder)
-            say(f"  {'report.html':<14}what it learned, as a page for a browser")
+            _, plain = write_report([folder], folder)
+            say(f"  {'report.html':<14}what it learned, as a page for a browser ({verdict_line(plain)})")
         except Exception as error:
             rank_zero_warn(f"report.html cannot be written: {type(error).__name__}: {error}")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import docstring_parser
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
@@ -136,7 +137,7 @@ class DPOCLI(LightningCLI):
             elif name in OWN:
                 command = self.init_parser(**options)
                 for several in _several(function_of(name)):
-                    command.add_argument(several, nargs="+", help="One or more of them, after the command.")
+                    command.add_argument(several, nargs="+", help=_help_of(function_of(name), several))
                 command.add_function_arguments(function_of(name))
             else:
                 command = self._prepare_subcommand_parser(Trainer, name, **options)
@@ -306,6 +307,12 @@ def number_of_devices(devices: Any) -> int:
     if isinstance(devices, list | tuple):
         return len(devices)
     return int(devices) if str(devices).isdigit() and int(devices) > 0 else 1
+
+
+def _help_of(function: Callable[..., Any], name: str) -> str:
+    """What the docstring of a function tells of a parameter."""
+    parameters = docstring_parser.parse(function.__doc__ or "").params
+    return next((one.description or "" for one in parameters if one.arg_name.lstrip("*") == name), "")
 
 
 def _several(function: Callable[..., Any]) -> list[str]:

@@ -30,7 +30,8 @@ def estimate(
         data: Its data, which is tokenized.
         length: How the Trainer would train.
         device: The device; by default this machine's CPU.
-        memory_gb: Memory of the device in GB, if it is another than the usual.
+        memory_gb: Memory of the device in GB, if it is another than the usual: so any card can be estimated. Of a card,
+            93 % count as usable.
         precision: Precision there, if it is another than ``trainer.precision``; by default what suits the device.
         output: File to write the estimate to as JSON.
         progress_bar: Whether to show progress bars.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lit_dpo.files.console import say
-from lit_dpo.report.run import write_report
+from lit_dpo.report.run import verdict_line, write_report
 
 
 def report(*runs: str, output: str | None = None) -> None:
@@ -13,5 +13,6 @@ def report(*runs: str, output: str | None = None) -> None:
         runs: Folders of runs, such as ``runs/NAME/version_0``; of ``runs/NAME`` the last version.
         output: Folder for the two files; by default that of the run, or ``report`` for several runs.
     """
-    for path in write_report(runs, None if output is None else Path(output)):
-        say(f"Wrote {path}")
+    page, plain = write_report(runs, None if output is None else Path(output))
+    say(f"Wrote {page} ({verdict_line(plain)})")
+    say(f"Wrote {plain}")

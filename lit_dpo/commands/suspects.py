@@ -7,7 +7,7 @@ from lit_dpo.evaluation.trained import find_checkpoint
 from lit_dpo.files.console import say
 from lit_dpo.report.cleaning import SourceRows, read_decisions, write_cleaned
 from lit_dpo.report.folds import CrossFit
-from lit_dpo.report.labels import Method, find_suspects, load_training, save_suspects, suspects_text
+from lit_dpo.report.labels import Method, find_suspects, load_training, save_suspects, suspects_text, training_options
 
 
 def suspects(
@@ -47,6 +47,7 @@ def suspects(
         rows = SourceRows(training.loading, training.loaded)
         counts = write_cleaned(training.train, rows, decisions, path)
         say(f"Wrote {path}: {counts['keep']} pairs kept, {counts['flip']} flipped; {counts['drop']} dropped.")
+        say(f"Train on it with: {training_options(trained, folder)}")
         return
     found = find_suspects(trained, method, fit, intervals, progress_bar=progress_bar)
     paths = save_suspects(found, folder, top)
@@ -55,3 +56,4 @@ def suspects(
     for path in paths:
         say(f"Wrote {path}")
     say(f"Review {paths[1]} in a browser. It saves a cleaned set, or decisions for --apply.")
+    say(f"Put cleaned.jsonl into {folder}, and train on it with: {training_options(trained, folder)}")

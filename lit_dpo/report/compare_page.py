@@ -43,11 +43,14 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
         try:
             current: Round | None = None
             for current in arena.ask(prompt, system or None, int(tokens), float(heat)):
-                yield *current.texts, current, "", *off
+                yield *boxes(current.texts), current, "", *off
             if current is not None:
-                yield *current.texts, current, "Which answer is better?", *[gr.update(interactive=True)] * 3
+                yield *boxes(current.texts), current, "Which answer is better?", *[gr.update(interactive=True)] * 3
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def boxes(texts: list[str], labels: tuple[str, ...] = names) -> list[Any]:
+        return [gr.update(value=text, label=label) for text, label in zip(texts, labels, strict=True)]
 
     def vote(choice: Choice) -> Any:
         def voted(current: Round | None) -> tuple[Any, ...]:
@@ -56,8 +59,10 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
                     raise ValueError("Ask something first.")
                 told = arena.vote(current, choice)
             except ValueError as error:
-                raise gr.Error(str(error)) from error
-            return current, told, arena.standing(), *[gr.update(interactive=False)] * 3
+                raise gr.Error(str(error), print_exception=False) from error
+            shown = tuple(arena.sides[place].name for place in current.order)
+            off = [gr.update(interactive=False)] * 3
+            return *boxes(current.texts, shown), current, told, arena.standing(), *off
 
         return voted
 
@@ -75,7 +80,7 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
                 another = gr.Button(f"Next of {len(prompts)} prompts")
                 another.click(following, number, [prompt, number])
         with gr.Accordion("Sampling", open=False):
-            tokens = gr.Slider(1, 4096, max_new_tokens, step=1, label="Most new tokens")
+            tokens = gr.Number(max_new_tokens, precision=0, minimum=1, label="Most new tokens")
             heat = gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: the likeliest token)")
             message = gr.Textbox(system or "", label="System message")
         with gr.Row(equal_height=True):
@@ -91,7 +96,7 @@ def build_page(arena: Arena, prompts: list[str], max_new_tokens: int, temperatur
         send.click(ask, inputs, outputs)
         prompt.submit(ask, inputs, outputs)
         for (choice, _), button in zip(labels, buttons, strict=True):
-            button.click(vote(choice), current, [current, told, standing, *buttons])  # type: ignore[arg-type]
+            button.click(vote(choice), current, [*texts, current, told, standing, *buttons])  # type: ignore[arg-type]
     return page
 
 

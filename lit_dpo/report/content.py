@@ -141,6 +141,7 @@ def _of_run(run: Run) -> dict[str, Any]:
                 "longer": group.metrics["longer_wins"].value,
             }
             for group in [run.held_out.total, *run.held_out.groups]
+            if group.kind == "" or group.num_pairs < len(after)  # not what is all pairs
         ]
         found["level"] = run.held_out.level
     return found

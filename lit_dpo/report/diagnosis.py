@@ -266,6 +266,18 @@ def _calibrated(run: Run) -> Iterator[Diagnosis]:
         )
 
 
+def _few(run: Run) -> Iterator[Diagnosis]:
+    if run.after is not None and len(run.after) < FEW:
+        yield Diagnosis(
+            "note",
+            "few_held_out",
+            f"{len(run.after)} held-out pairs were measured: too few to judge calibration, and whether margins follow "
+            "lengths.",
+            "Hold out more pairs (data.val_size), or let the Trainer use all (trainer.limit_val_batches).",
+            f"{FEW} pairs: ours",
+        )
+
+
 def _not_finite(run: Run) -> Iterator[Diagnosis]:
     lost = {name: curve.not_finite for name, curve in run.curves.items() if curve.not_finite}
     lost |= {f"{name} at the end": 1 for name, value in run.summary.get("after", {}).items() if value is None}
@@ -290,5 +302,6 @@ RULES: tuple[Callable[[Run], Iterator[Any]], ...] = (
     _loss,
     _chance,
     _calibrated,
+    _few,
     _not_finite,
 )

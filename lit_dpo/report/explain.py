@@ -1,6 +1,7 @@
 """A trained model and one pair ──► its token view, for the terminal and as a page."""
 
 import shutil
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -68,7 +69,8 @@ def explained(trained: Trained, pairs: PairDataset, place: int) -> TokenView:
         policy, reference = module.policy.logps(batch), module.reference.logps(batch)
     record = BatchRecord(batch, torch.zeros(1), policy, reference if module.reference.exists else None)
     (tokens,) = pair_tokens(record, module.objective, [0])
-    return token_view(tokens, trained.tokenizer)
+    view = token_view(tokens, trained.tokenizer)
+    return replace(view, row=-1) if view.source == OWN else view
 
 
 def explanation(view: TokenView, color: bool = False, width: int | None = None) -> str:
@@ -83,7 +85,7 @@ def explanation(view: TokenView, color: bool = False, width: int | None = None) 
     strongest = max((abs(one) for side in (view.chosen, view.rejected) for one in side.rewards if one), default=0.0)
     order = "as people ordered them" if view.margin > 0 else "against the label" if view.margin < 0 else "undecided"
     lines = [
-        f"{view.source}, row {view.row}",
+        view.name,
         f"margin {view.margin:+.4f}: {order}."
         + ("" if view.moved is None else f" The policy has moved {view.moved:.4f} nats per token."),
         "",

@@ -110,7 +110,9 @@ def _run_in(path: Path) -> Path:
     # test and predict leave versions too, which have no config.yaml
     versions = [one for one in path.glob("version_*") if (one / "config.yaml").exists()]
     if not versions:
-        raise FileNotFoundError(f"{path} is no folder of a run: it has no {', no '.join(known)}.")
+        raise FileNotFoundError(
+            f"{path} is no folder of a run: it has no {', no '.join(known)}. Give one such as runs/NAME/version_0."
+        )
     return max(versions, key=lambda one: (len(one.name), one.name))
 
 

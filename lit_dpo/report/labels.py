@@ -46,6 +46,17 @@ class Suspects:
     level: float
     unmeasured: int  # pairs without a margin, which are ranked last
 
+    def remarks(self) -> list[str]:
+        """What is to be known of the ranking, in words."""
+        told = []
+        if self.unmeasured:
+            told.append(f"{self.unmeasured} pairs were not measured: no step came before them, or they were left out.")
+        if self.method == "dynamics":
+            told.append(
+                "Pairs that came early were measured early, when margins are small. cross_fit treats all alike."
+            )
+        return told
+
     def lines(self, most: int | None = None) -> list[dict[str, Any]]:
         """The most suspicious pairs, as ``suspects.jsonl`` has them."""
         train, ranking = self.training.train, self.ranking
@@ -156,15 +167,26 @@ def recorded(trained: Trained, train: PairDataset) -> Margins:
         place = places.get((line["source"], line["row"]))
         if place is not None:
             values[place, : len(line["margins"])] = [np.nan if one is None else one for one in line["margins"]]
+    values[values == 0] = np.nan  # before the first step, policy and reference are the same: nothing was measured
     return Margins(values, np.zeros((0, 1)), np.zeros(0, np.int64))
+
+
+def training_options(trained: Trained, folder: Path) -> str:
+    """The options with which ``fit`` reads the cleaned set in a folder, and the same held-out pairs as before."""
+    data = trained.data
+    if data.get("val_size") is not None:
+        held_out = str(folder / "held_out.jsonl")
+    else:
+        held_out = str(data.get("val_source") or data.get("source"))
+    split = f" --data.val_split {data['val_split']}" if data.get("val_split") else ""
+    return f"--data.source {folder / 'cleaned.jsonl'} --data.val_source {held_out}{split}"
 
 
 def suspects_text(found: Suspects, most: int = 10) -> str:
     """The estimates and the most suspicious pairs, for the terminal."""
     number, share = len(found.training.train), found.share
     lines = [f"{number:,} training pairs, margins by {found.method.replace('_', '-')}."]
-    lines += [f"{found.unmeasured} of them were not measured: they fill no batch."] * bool(found.unmeasured)
-    lines += ["", *share_lines(share, found.level), ""]
+    lines += ["", *share_lines(share, found.level), *found.remarks(), ""]
     lines.append(f"{'rank':>5}  {'margin':>8}  {'spread':>7}  {'wrong':>6}  pair")
     for line in found.lines(most):
         text = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
@@ -231,9 +253,9 @@ def save_suspects(found: Suspects, folder: Path, most: int) -> list[Path]:
             "title": "Suspicious labels",
             "charts": [],
             "runs": [{"name": "", "histograms": {"rewards/margins": histogram(None, margins)._asdict()}, "tokens": []}],
-            "share": share_lines(found.share, found.level),
+            "share": [*share_lines(found.share, found.level), *found.remarks()],
             "num_pairs": len(training.train),
-            "suspects": lines[:most],
+            "suspects": lines[: min(most, len(training.train) - found.unmeasured)],
             "pairs": every if size <= MOST_EMBEDDED else None,
         }
     )

@@ -33,7 +33,7 @@ def as_page(content: dict[str, Any]) -> str:
 def token_page(view: TokenView) -> str:
     """The page of one pair, token by token."""
     view = view.without_folders()
-    title = f"{view.source}, row {view.row}"
+    title = view.name
     content = finite({"title": title, "charts": [], "runs": [{"name": title, "tokens": [view.to_dict()]}]})
     return _rendered("tokens.html.jinja", content)
 

@@ -12,6 +12,15 @@ from lit_dpo.report.page import as_page
 FILENAMES = ("report.html", "report.json")
 
 
+def verdict_line(report: Path) -> str:
+    """The verdicts of a ``report.json`` in a few words: how many of each severity, and their names."""
+    found = [one for run in json.loads(report.read_text(encoding="utf-8"))["runs"] for one in run["verdicts"]]
+    serious = [one["code"] for one in found if one["severity"] != "note"]
+    if not serious:
+        return "no warnings" if not found else f"notes only: {', '.join(one['code'] for one in found)}"
+    return f"{len(serious)} warning{'s'[: len(serious) > 1]}: {', '.join(serious)}"
+
+
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
     """Writes the report of one run, or of several on one page.
 

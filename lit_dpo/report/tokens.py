@@ -66,13 +66,18 @@ class TokenView:
     """A pair, token by token."""
 
     source: str
-    row: int
+    row: int  # -1 for a pair of one's own
     why: list[str]  # why it is shown: best, worst, most changed
     margin: float
     moved: float | None  # nats per token; None without a reference
     prompt: str
     chosen: ResponseView
     rejected: ResponseView
+
+    @property
+    def name(self) -> str:
+        """Where the pair comes from, in words."""
+        return self.source if self.row < 0 else f"{self.source}, row {self.row}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -49,7 +49,7 @@ const shownRuns = () => {
 
 function curve(figure, canvas) {
   const chart = content.charts[Number(figure.dataset.chart)];
-  const weight = Number(document.getElementById("smoothing").value);
+  const weight = Number(document.getElementById("smoothing")?.value || 0);
   const logarithmic = document.getElementById("logarithmic").checked;
   const marks = [], raw = [], ends = [], said = [];
   for (const run of shownRuns()) {
@@ -72,7 +72,7 @@ function curve(figure, canvas) {
     }
   }
   if (!raw.length) { canvas.textContent = "Nothing logged."; return; }
-  legend(canvas, many ? [] : ends.map(({ label, stroke }) => [label, stroke]));
+  legend(canvas, many ? shownRuns().map((run) => [content.runs[run].name, runInk(run)]) : ends.map(({ label, stroke }) => [label, stroke]));
   plot(canvas, `${chart.title}: ${said.join("; ")}`, {
     x: { label: "step", type: logarithmic ? "log" : "linear", ticks: 5, tickFormat: logarithmic ? ".0s" : undefined },
     y: { label: null, grid: true, ticks: 5, nice: true, tickFormat: (value) => short(value) },
@@ -105,7 +105,7 @@ function histogram(figure, canvas) {
   if (outside) {
     const note = document.createElement("p");
     note.className = "beyond soft small";
-    note.textContent = `The outermost bars also have the ${outside} values beyond them.`;
+    note.textContent = `Beyond the outermost bars, and counted in them: ${outside}.`;
     canvas.after(note);
   }
   plot(canvas, `Histogram of ${total} pairs from ${short(found.edges[0])} to ${short(found.edges[found.edges.length - 1])}`, {
@@ -130,13 +130,13 @@ function calibration(figure, canvas) {
 
 function groups(figure, canvas) {
   const rows = content.runs[Number(figure.dataset.run)].groups.map((group) => ({ ...group, name: group.kind ?
-    `${group.kind}: ${group.name}` : group.name, value: group.accuracy[0], low: group.accuracy[1], high: group.accuracy[2] }));
+    `${group.kind.replace(", chosen / rejected", " ratio")}: ${group.name}` : group.name, value: group.accuracy[0], low: group.accuracy[1], high: group.accuracy[2] }));
   const narrow = canvas.clientWidth < 560;
-  const label = (row) => { const text = `${row.name} (${row.num_pairs})`; return narrow && text.length > 22 ? `${text.slice(0, 21)}…` : text; };
+  const label = (row) => { const text = `${row.name} (${row.num_pairs})`; return narrow && text.length > 26 ? `${text.slice(0, 25)}…` : text; };
   const names = rows.map((row, i) => i);
   plot(canvas, `Accuracy by group: ${rows.map((row) => `${row.name} ${short(row.value)}`).join("; ")}`, {
-    height: 52 + rows.length * 26, marginLeft: narrow ? 150 : 290,
-    x: { label: "accuracy", domain: [0, 1], ticks: 5, tickFormat: ".0%", grid: true },
+    height: 52 + rows.length * 26, marginLeft: narrow ? 165 : 290,
+    x: { label: "accuracy", domain: [0, 1], ticks: narrow ? 2 : 5, tickFormat: ".0%", grid: true },
     y: { type: "band", domain: names, label: null, tickFormat: (i) => label(rows[i]), tickSize: 0 },
     marks: [Plot.ruleX([0.5], { stroke: "var(--ink)", strokeDasharray: "3 3" }),
       Plot.ruleY(rows.filter((row) => row.low !== null), { y: (row) => rows.indexOf(row), x1: "low", x2: "high", stroke: "var(--blue)", strokeWidth: 2.2 }),
@@ -244,6 +244,11 @@ for (const pair of document.querySelectorAll("details.pair")) {
     });
   }
 }
+
+// Fewer numbers than this are shown as they are, so there is nothing to smooth.
+const long = content.runs.some((run) => Object.entries(run.curves || {}).some(([name, one]) => name.startsWith("train/") && one.values.length >= 12));
+if (!long) document.getElementById("smooth")?.remove();
+document.querySelectorAll("details.pair pre.prompt").forEach((prompt) => { prompt.scrollTop = prompt.scrollHeight; });
 
 const root = document.documentElement, button = document.getElementById("theme");
 const setTheme = (theme) => { root.dataset.theme = theme; button.textContent = theme === "dark" ? "Light" : "Dark"; };
