@@ -290,6 +290,8 @@ def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return numbers
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_sweep_computes_the_reference_once(tiny_base: str, pairs_file: str, computed: list[int]) -> None:
     fit(module(tiny_base), data(pairs_file, batch_size=4, val_size=4), max_epochs=2)
     assert sum(computed) == 20

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*")
 OPTIONS = ["--answers.num_prompts", "2", "--answers.max_new_tokens", "5", "--answers.temperature", "1"]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_run_is_the_same_with_them(tiny: list[str]) -> None:  # noqa: F811
     run = [
         "fit",

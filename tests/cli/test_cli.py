@@ -113,6 +113,8 @@ def test_peft_loads_the_adapter_as_it_is(tiny: list[str]) -> None:
         assert torch.equal(parameter, trained[f"policy.model.{name}"]), name
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pytest.CaptureFixture[str]) -> None:
     main(["fit", *tiny])
     saved = Path("runs/dpo/version_0/config.yaml").read_text()
@@ -131,6 +133,8 @@ def test_validate_test_and_predict(tiny: list[str], pairs_file: str, capfd: pyte
     assert not list(Path("runs/dpo").glob("version_[123]/config.yaml"))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_command_line_beats_the_checkpoint(tiny: list[str]) -> None:
     main(["fit", *tiny, "--model.objective.beta", "0.5"])
     checkpoint = ["--ckpt_path", "runs/dpo/version_0/checkpoints/last.ckpt"]
@@ -289,6 +293,8 @@ def test_max_steps_in_the_middle_of_an_epoch_still_ends_with_an_evaluation(tiny:
     assert [row["step"] for row in metrics(Path("runs/dpo/version_0")) if "val/loss" in row][-1] >= 2
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_quickstart_shortened(embedded_base: str) -> None:
     main(
         [
@@ -755,6 +761,8 @@ def in_two_processes(arguments: list[str], strategy: str, capfd: pytest.CaptureF
     return capfd.readouterr().err
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_processes_give_one_process_numbers(
     tiny: list[str], strategy: str, capfd: pytest.CaptureFixture[str]

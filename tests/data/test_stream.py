@@ -229,6 +229,8 @@ def run(
     return model, trainer
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "workers", "accumulate"), [(3, 0, 1), (3, 2, 3)])
 def test_a_run_on_a_stream_resumes_bit_for_bit(
     tiny_base: str, tmp_path: Path, step: int, workers: int, accumulate: int

@@ -191,6 +191,8 @@ def test_the_exported_adapter_is_the_policys_alone(tiny_base: str, pairs_file: s
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_another_model_by_path(tiny_base: str, pairs_file: str, tmp_path: Path, cached: bool) -> None:
     """The same base as another model, in its own quantization, and with an adapter of its own."""

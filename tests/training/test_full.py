@@ -32,6 +32,8 @@ def weights(run: str) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_references_resume_and_export(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*arguments, "--run_name", "whole"])
     summary = json.loads(Path("runs/whole/version_0/summary.json").read_text())

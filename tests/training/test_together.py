@@ -79,6 +79,8 @@ def arguments(base: str, pairs: str, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
