@@ -198,6 +198,8 @@ def test_parameters_are_counted_as_what_they_stand_for(
     assert "Total estimated model params size (MB)" in caplog.text
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")  # which cannot know the FLOPs of a batch
 def test_many_tools_at_once(tiny: list[str]) -> None:  # noqa: F811
     """Beside the callbacks of a file."""

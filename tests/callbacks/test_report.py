@@ -60,6 +60,8 @@ def test_any_kind_of_run_has_a_report(tiny: list[str], options: list[str]) -> No
         assert content["histograms"]["rewards/margins"]["before"] is None
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_training_is_the_same_with_it(tiny: list[str]) -> None:  # noqa: F811
     run = ["fit", *tiny, "--trainer.max_steps", "3", "--model.lora.lora_dropout", "0.1"]
     main([*run, "--run_name", "with"])

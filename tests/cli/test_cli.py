@@ -194,6 +194,8 @@ def test_other_batches_after_an_epoch_are_told_of(tiny: list[str]) -> None:
         main(["fit", *tiny, *arguments, "--trainer.max_epochs", "2"])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_without_a_logger_and_for_a_dry_run(tiny: list[str]) -> None:
     for _ in range(2):
         main(["fit", *tiny, "--trainer.logger", "false"])
@@ -202,6 +204,8 @@ def test_without_a_logger_and_for_a_dry_run(tiny: list[str]) -> None:
     assert {path.name for path in Path().iterdir()} == {"runs"}
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_generate_from_a_checkpoint_and_from_an_adapter(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     main(["fit", *tiny])
     capfd.readouterr()

@@ -246,6 +246,8 @@ def test_a_run_on_a_stream_resumes_bit_for_bit(
     assert torch.equal(trainer.callback_metrics["val/loss"], again.callback_metrics["val/loss"])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_another_order_is_refused(tiny_base: str, tmp_path: Path) -> None:
     run(tiny_base, tmp_path / "whole", 3, 0, 1)
     with pytest.raises(ValueError, match=r"data\.num_workers was 1 and is now 2"):

@@ -51,6 +51,8 @@ def test_two_checkpoints(trained: Path, tmp_path: Path) -> None:
     assert found["consistency"] is None
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_an_endpoint(
     trained: Path,
     tmp_path: Path,

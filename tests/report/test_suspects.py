@@ -111,6 +111,8 @@ def learned(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs/r" / CHECKPOINT
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_flipped_labels_are_found_by_models_that_did_not_see_them(learned: Path) -> None:
     trained = find_checkpoint(learned)
     found = find_suspects(
