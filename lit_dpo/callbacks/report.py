@@ -167,22 +167,21 @@ class RunReport(Callback):
         if self._warnings is not None:
             self._warnings.stop()
             if trainer.is_global_zero and self._warnings.kept:
-                write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
+                with _never_spoiling("the warnings cannot be written"):
+                    write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the report. What goes wrong with it never spoils the run."""
         folder = run_dir(trainer)
         if not self._writes or not trainer.is_global_zero:
             return
-        if self._warnings is not None:
-            write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
-        for logger in trainer.loggers:
-            logger.save()  # the last lines of metrics.csv
-        try:
+        with _never_spoiling("report.html cannot be written"):
+            if self._warnings is not None:
+                write_lines(self._warnings.folder / WARNINGS, self._warnings.kept.values())
+            for logger in trainer.loggers:
+                logger.save()  # the last lines of metrics.csv
             _, plain = write_report([folder], folder)
             say(f"  {'report.html':<14}what it learned, as a page for a browser ({verdict_line(plain)})")
-        except Exception as error:
-            rank_zero_warn(f"report.html cannot be written: {type(error).__name__}: {error}")
 
 
 @contextmanager

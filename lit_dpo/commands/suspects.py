@@ -6,6 +6,7 @@ from lit_dpo.evaluation.statistics import Resampling
 from lit_dpo.evaluation.trained import find_checkpoint
 from lit_dpo.files.console import say
 from lit_dpo.report.cleaning import SourceRows, read_decisions, write_cleaned
+from lit_dpo.report.evidence import read_lines
 from lit_dpo.report.folds import CrossFit
 from lit_dpo.report.labels import Method, find_suspects, load_training, save_suspects, suspects_text, training_options
 
@@ -49,6 +50,9 @@ def suspects(
         say(f"Wrote {path}: {counts['keep']} pairs kept, {counts['flip']} flipped; {counts['drop']} dropped.")
         say(f"Train on it with: {training_options(trained, folder)}")
         return
+    decided = folder / "suspects.jsonl"
+    if any(line.get("action", "keep") != "keep" for line in read_lines(decided)):
+        raise ValueError(f"{decided} holds decisions, which would be lost: --apply it first, or give another --output.")
     found = find_suspects(trained, method, fit, intervals, progress_bar=progress_bar)
     paths = save_suspects(found, folder, top)
     say(suspects_text(found))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig
 
 from lit_dpo.audit.cost import CARDS, operations
 from lit_dpo.audit.estimate import place_of
@@ -21,6 +21,7 @@ from lit_dpo.audit.memory import (
 )
 from lit_dpo.cli.app import main
 from lit_dpo.data.batch import PairBatch
+from tests.benchmarks.bases import ARCHITECTURES
 from tests.tiny import SIZES, random_pairs, save_tiny_base, tiny_policy
 
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -33,15 +34,7 @@ SMOLLM2 = LlamaConfig(
     vocab_size=49152,
     tie_word_embeddings=True,
 )
-QWEN = Qwen2Config(
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-)
+QWEN = ARCHITECTURES["qwen2.5-0.5b"]
 # Peaks of fit on an H200 in bf16-mixed, in GB, measured on 2026-11-26 by python -m tests.benchmarks.memory: by model,
 # then for 1, 4 and 16 pairs of 256 and of 1024 tokens, first with all activations kept, then recomputed.
 MEASURED = {

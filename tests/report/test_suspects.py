@@ -153,6 +153,9 @@ def test_the_command_and_the_cleaned_set(learned: Path, tmp_path: Path, capsys: 
     assert {"rank", "source", "row", "margin", "spread", "wrong", "action", "prompt", "chosen"} <= lines[0].keys()
     lines[0]["action"], lines[1]["action"] = "flip", "drop"
     write_lines(tmp_path / "mine.jsonl", lines)
+    write_lines(tmp_path / "suspects.jsonl", lines)
+    with pytest.raises(ValueError, match="holds decisions, which would be lost"):
+        main([*command, "--method", "dynamics"])
     main([*command, "--apply", str(tmp_path / "mine.jsonl")])
     assert "58 pairs kept, 1 flipped; 1 dropped" in capsys.readouterr().out
     cleaned = read_lines(tmp_path / "cleaned.jsonl")
